@@ -1,0 +1,502 @@
+"""The configuration of a run: one tree of frozen records, read from YAML and from `section.field=value`.
+
+Standard library plus the YAML reader, so that a login node without torch can check a run. What can be refused without opening a file
+is refused in `__post_init__` of the record it belongs to; what needs the model folder or the machine is refused by `preflight.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from megatron_r1z.errors import ConfigError
+
+Template = Literal["r1", "qwen_math", "no", "few_shot", "chat"]
+Algorithm = Literal["drgrpo", "grpo", "rloo", "token_mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that is trained."""
+
+    path: str
+    """Folder in Hugging Face format: config.json, tokenizer files and, unless `random_init`, safetensors."""
+    random_init: bool = False
+    """Start from random weights (pre-training from scratch) instead of the folder's."""
+    seed: int = 0
+    """Seed of the random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the policy is split over ranks; data parallel size is what the rank count leaves."""
+
+    num_ranks: int = 1
+    """Ranks that `train` starts on this machine when it is not run under torchrun."""
+    threads_per_rank: int = 1
+    """OpenMP threads of each rank."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    virtual_pipeline_size: int = 1
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    sequence_parallel: bool = False
+    """Split activations between the tensor-parallel regions over the tensor-parallel ranks."""
+    micro_batch_tokens: int = 4096
+    """Upper bound of tokens in one forward pass of one data-parallel rank; a longer sample travels alone."""
+    pad_sequences: bool = False
+    """Pad every sequence of a step to the longest one. For comparisons only: packing is the same maths with less work."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_ranks", "threads_per_rank", "tensor_parallel_size", "pipeline_parallel_size")
+        _positive(self, "virtual_pipeline_size", "micro_batch_tokens")
+        if self.num_ranks % self.model_parallel_size:
+            raise ConfigError(
+                f"parallel: {self.num_ranks} ranks cannot be split into tensor_parallel_size {self.tensor_parallel_size} x "
+                f"pipeline_parallel_size {self.pipeline_parallel_size}; make num_ranks a multiple of {self.model_parallel_size}."
+            )
+        if self.virtual_pipeline_size > 1 and self.pipeline_parallel_size == 1:
+            raise ConfigError("parallel: virtual_pipeline_size > 1 needs pipeline_parallel_size > 1.")
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise ConfigError("parallel: sequence_parallel needs tensor_parallel_size > 1.")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    policy: Literal["fp32", "bf16"] = "bf16"
+    """Weights and activations of the policy; bf16 keeps fp32 master weights and fp32 gradients."""
+    engine: Literal["fp32", "bf16"] = "bf16"
+    """Weights and activations of the engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionSource:
+    """One question file, JSONL or Parquet."""
+
+    path: str
+    weight: float = 1.0
+    """Relative share of the draws."""
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+    limit: int | None = None
+    """Use only this many rows (from `offset`)."""
+    offset: int = 0
+    """Skip this many rows first."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(f"data: weight of {self.path} is {self.weight}; it must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Questions and how they are put to the model."""
+
+    train: tuple[QuestionSource, ...]
+    template: Template = "r1"
+    """`r1`, `qwen_math` and `no` are the paper's; `few_shot` puts the shots of `shots_path` first; `chat` is the model's own."""
+    shots_path: str | None = None
+    """Text file that precedes the question under `few_shot`; it contains `{question}` once."""
+    system_prompt: str | None = None
+    """System turn under `chat`."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    seed: int = 0
+    """Seed of the order of the questions."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_prompt_tokens")
+        if not self.train:
+            raise ConfigError("data.train is empty; give at least one question file.")
+        if (self.template == "few_shot") != (self.shots_path is not None):
+            raise ConfigError("data: template few_shot and shots_path go together; set both or neither.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    prompts_per_iteration: int = 128
+    samples_per_prompt: int = 8
+    max_response_tokens: int = 3000
+    """The generation budget, which is also Dr. GRPO's length constant."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are taken at this temperature on both sides."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1: off."""
+    stop: tuple[str, ...] | None = None
+    """Stop strings, kept in the response. None: those of the template."""
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    """Consecutive ranks that form one engine."""
+    kv_cache_bytes: int = 256 << 20
+    """Memory of the key-value cache of one rank."""
+    max_concurrent_sequences: int = 256
+
+    def __post_init__(self) -> None:
+        _positive(self, "prompts_per_iteration", "samples_per_prompt", "max_response_tokens")
+        _positive(self, "tensor_parallel_size", "kv_cache_bytes", "max_concurrent_sequences")
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"rollout.temperature is {self.temperature}; training needs a distribution, so it must be above 0 "
+                "(evaluation has its own temperature, which may be 0)."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.top_p is {self.top_p}; it must be above 0 and at most 1.")
+
+    @property
+    def samples_per_iteration(self) -> int:
+        """Responses sampled in one iteration."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingConfig:
+    """How a response becomes a reward."""
+
+    reward: Literal["boxed", "answer_tag", "auto"] = "auto"
+    """Where the answer is looked for; `auto`: answer tags under the r1 template, boxed otherwise."""
+    function: str | None = None
+    """A reward function of your own instead, as `path.py:name`."""
+    workers: int = 1
+    """Grading processes of each rank."""
+    timeout_s: float = 5.0
+    """Wall-clock limit of one comparison; the worker is killed and the verdict is `timeout`."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "workers", "timeout_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """The objective and the length of the run."""
+
+    name: Algorithm = "drgrpo"
+    iterations: int
+    train_batch_size: int = 128
+    """Samples of one optimizer step; an iteration makes prompts x samples / this many steps."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        _positive(self, "iterations", "train_batch_size")
+        if not (0 < self.clip_low < 1 and self.clip_high > 0):
+            raise ConfigError(f"algorithm: clip_low {self.clip_low} must be in (0, 1) and clip_high {self.clip_high} above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    """Floor of the decaying schedules."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    """Optimizer steps after which a decaying schedule reaches `min_lr`; needed unless constant."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Bound of the global gradient norm."""
+    distributed: bool = False
+    """Split optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr", "eps", "clip_grad")
+        if self.schedule != "constant" and self.decay_steps is None:
+            raise ConfigError(f"optimizer: schedule {self.schedule} needs decay_steps.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run and how often."""
+
+    every: int = 50
+    """Iterations (optimizer steps in `pretrain`) between checkpoints; the last one is always kept."""
+    keep: int = 2
+    """Older checkpoints are deleted."""
+    resume: bool = True
+    """Go on from the run folder's latest checkpoint if there is one."""
+    export: bool = True
+    """Write the final policy in Hugging Face format."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out accuracy during training."""
+
+    sets: tuple[QuestionSource, ...] = ()
+    every: int = 16
+    """Iterations between evaluations; also before the first and after the last iteration."""
+    samples: int = 1
+    temperature: float = 0.0
+    """0: greedy."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "every", "samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where a run leaves its traces."""
+
+    folder: str
+    """Run folder: configuration, metrics, tensorboard, checkpoints, export."""
+    rollouts: bool = True
+    """Keep every response as `rollouts/iter_*.jsonl.zst`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Text for `pretrain`."""
+
+    path: str
+    """JSONL with `text`, or with `prompt` and `response`."""
+    max_document_tokens: int = 2048
+    """Longer documents are dropped and counted."""
+    steps: int
+    """Optimizer steps."""
+    documents_per_step: int = 64
+    loss_on: Literal["all", "response"] = "all"
+    """`response` needs prompt/response rows."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_document_tokens", "steps", "documents_per_step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A reinforcement learning run: `megatron-r1z train`."""
+
+    model: ModelConfig
+    data: DataConfig
+    algorithm: AlgorithmConfig
+    logging: LoggingConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        ranks, engine_tp = self.parallel.num_ranks, self.rollout.tensor_parallel_size
+        if ranks % engine_tp:
+            raise ConfigError(
+                f"rollout.tensor_parallel_size {engine_tp} does not divide the {ranks} ranks; engines are made of consecutive ranks."
+            )
+        samples, step = self.rollout.samples_per_iteration, self.algorithm.train_batch_size
+        if samples % step:
+            raise ConfigError(
+                f"algorithm.train_batch_size {step} does not divide the {samples} samples of an iteration "
+                f"({self.rollout.prompts_per_iteration} prompts x {self.rollout.samples_per_prompt}); "
+                f"the largest that does below it is {_largest_divisor(samples, step)}."
+            )
+        if self.algorithm.name != "drgrpo" and self.rollout.samples_per_prompt == 1:
+            raise ConfigError(f"algorithm.name {self.algorithm.name} compares the samples of a prompt; samples_per_prompt must be at least 2.")
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Longest prompt and response together."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Next-token training on text: `megatron-r1z pretrain`."""
+
+    model: ModelConfig
+    corpus: CorpusConfig
+    logging: LoggingConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+Config = TypeVar("Config", TrainConfig, PretrainConfig)
+
+
+def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read YAML at `path`, apply `section.field=value` overrides and check everything.
+
+    Raises:
+        ConfigError: one sentence with the file, the key and, for an unknown key, the nearest known one.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as 'model:' and 'data:'.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return make_config(kind, tree)
+
+
+def make_config(kind: type[Config], tree: Mapping[str, Any]) -> Config:
+    """Build and check a configuration from nested mappings."""
+    return typing.cast(Config, _build(kind, tree, ""))
+
+
+def to_tree(config: Any) -> Any:
+    """The inverse of `make_config`: plain mappings, lists and scalars, every field present."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {item.name: to_tree(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, tuple):
+        return [to_tree(item) for item in config]
+    return config
+
+
+def dump_config(config: TrainConfig | PretrainConfig) -> str:
+    """The resolved configuration as YAML; values that differ from their default carry `# default: ...`."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        record = getattr(config, section.name)
+        lines.append(f"{section.name}:")
+        for item in dataclasses.fields(record):
+            value = getattr(record, item.name)
+            default = _default(item)
+            differs = default is not MISSING and default != value
+            lines.append(f"  {item.name}: {_flow(value)}" + (f"  # default: {_flow(default)}" if differs else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """One line of YAML."""
+    text = yaml.safe_dump(to_tree(value), default_flow_style=True, width=1_000_000, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"'{override}' is not an override; write section.field=value.")
+    node: Any = tree
+    *parents, last = key.split(".")
+    for name in parents:
+        node = _child(node, name, key)
+    parsed = yaml.safe_load(value)
+    if isinstance(node, list):
+        node[_index(node, last, key)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _child(node: Any, name: str, key: str) -> Any:
+    child = node[_index(node, name, key)] if isinstance(node, list) else node.setdefault(name, {})
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override {key}: '{name}' is a value, not a section.")
+    return child
+
+
+def _index(node: list[Any], name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise ConfigError(f"override {key}: '{name}' is not the number of one of {len(node)} entries (from 0).")
+    return int(name)
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Convert a YAML value to the annotated type `kind`; `where` is the dotted key for messages."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_record(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return _build_optional(arguments, value, where)
+    if origin is Literal:
+        return _build_choice(arguments, value, where)
+    if origin is tuple:
+        return _build_tuple(arguments, value, where)
+    return _build_scalar(kind, value, where)
+
+
+def _build_record(kind: type[Any], value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where or 'the configuration'} must be a section of fields, not {value!r}.")
+    hints = typing.get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown key '{prefix}{key}'; did you mean '{prefix}{near}'?")
+    missing = [name for name, item in fields.items() if name not in value and _default(item) is MISSING]
+    if missing:
+        raise ConfigError(f"'{prefix}{missing[0]}' is missing; it has no default.")
+    return kind(**{key: _build(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+
+
+def _build_optional(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    inner = next(argument for argument in arguments if argument is not type(None))
+    return _build(inner, value, where)
+
+
+def _build_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is False and "no" in choices:  # YAML 1.1 reads a bare `no` as false
+        value = "no"
+    if value not in choices:
+        raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
+    return value
+
+
+def _build_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where} must be a list, not {value!r}.")
+    if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+        raise ConfigError(f"{where} needs {len(arguments)} entries, not {len(value)}.")
+    kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+    return tuple(_build(kind, item, f"{where}.{index}") for index, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _build_scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be of type {kind.__name__}, not {value!r}.")
+    return value
+
+
+def _positive(record: Any, *names: str) -> None:
+    for name in names:
+        if getattr(record, name) <= 0:
+            section = type(record).__name__.removesuffix("Config").lower()
+            raise ConfigError(f"{section}.{name} is {getattr(record, name)}; it must be above 0.")
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return next(candidate for candidate in range(min(at_most, number), 0, -1) if number % candidate == 0)

@@ -1,0 +1,59 @@
+"""The doors between the loop and its parts: small, so that a fake stands beside each real one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_r1z.types import Group, GradedGroup, Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one call of the engine samples; `seed` and the prompt decide the tokens, not the rank or the order of calls."""
+
+    num_samples: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: tuple[str, ...]
+    seed: int
+
+
+class Engine(Protocol):
+    """Generates responses; one engine spans `tensor_parallel_size` consecutive ranks."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Sample for this engine's share of `prompts`; return the groups for which this rank answers.
+
+        Over all ranks every prompt is answered for once; `group_id` is the index into `prompts`.
+
+        Raises:
+            EngineError: the weights are not those of a finished refit.
+        """
+        ...
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The live parameters of this rank's shard, by the names of the engine's layout."""
+        ...
+
+    def set_version(self, policy_version: int) -> None:
+        """Stamp the weights just written and forget everything computed from older ones (the prefix cache)."""
+        ...
+
+
+class Grader(Protocol):
+    """Turns groups into graded groups, keeping their order."""
+
+    def grade(self, groups: Sequence[Group]) -> list[GradedGroup]:
+        """One verdict per response; never hangs, never raises for what a response contains."""
+        ...
+
+    def close(self) -> None:
+        """End the worker processes."""
+        ...

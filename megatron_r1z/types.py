@@ -1,0 +1,158 @@
+"""The records that flow between the stages of the loop, in the order in which they arise.
+
+Frozen, one per stage, and complete: a `Sample` cannot exist without its advantage. Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, templated and tokenised.
+
+    >>> Prompt("asdiv/17", "Question: 1 + 1?\\nAnswer:", (24, 17, 9), ("2",), "asdiv").answers
+    ('2',)
+    """
+
+    prompt_id: str
+    """`<source>/<row>`: unique within a run."""
+    text: str
+    """The question in its template, exactly what the tokenizer saw."""
+    token_ids: tuple[int, ...]
+    answers: tuple[str, ...]
+    """Reference answers; a response that equals any of them is right."""
+    source: str
+    """Name of the question file it came from."""
+
+
+class FinishReason(Enum):
+    """Why the engine stopped."""
+
+    STOP = "stop"
+    """End-of-sequence token or stop string."""
+    LENGTH = "length"
+    """The token budget ran out: the response is truncated."""
+    ABORT = "abort"
+    """The engine gave the request up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What the engine sampled after one prompt.
+
+    >>> Response("2", (17, 2), (-0.1, -0.2), FinishReason.STOP, policy_version=3).length
+    2
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Sampled tokens, the end-of-sequence token or the tokens of the stop string included."""
+    logprobs: tuple[float, ...]
+    """Engine log-prob of each sampled token at the sampling temperature; nats, same length as `token_ids`."""
+    finish_reason: FinishReason
+    policy_version: int
+    """Iterations contained in the weights that sampled it."""
+
+    @property
+    def length(self) -> int:
+        """Number of sampled tokens."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All responses to one prompt of one iteration; `group_id` is its place in the iteration's draw."""
+
+    group_id: int
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+
+class VerdictKind(Enum):
+    """The outcome of grading one response: a closed list, each member is counted and logged."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNFORMATTED = "unformatted"
+    TRUNCATED = "truncated"
+    UNPARSABLE = "unparsable"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The reasoned outcome of grading one response; only `CORRECT` has reward 1 under the built-in rewards."""
+
+    kind: VerdictKind
+    reward: float
+    extracted: str | None
+    """The answer found in the response, None where none was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradedGroup:
+    """A group and one verdict per response, in the same order."""
+
+    group: Group
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row ready for training.
+
+    >>> Sample("0/3", (24, 17, 9, 17, 2), 3, 0.875, (-0.1, -0.2), 3).response_length
+    2
+    """
+
+    sample_id: str
+    """`<group_id>/<index of the response>`."""
+    token_ids: tuple[int, ...]
+    """Prompt and response."""
+    prompt_length: int
+    """Tokens of the prompt: the response starts here."""
+    advantage: float
+    engine_logprobs: tuple[float, ...]
+    """One per response token."""
+    policy_version: int
+
+    @property
+    def response_length(self) -> int:
+        """Number of response tokens."""
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What one optimizer step did; every figure is reduced over all ranks, so equal on all of them."""
+
+    loss: float
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    learning_rate: float
+    clip_fraction: float
+    """Share of response tokens whose ratio was clipped."""
+    ratio_max: float
+    entropy: float
+    """Mean entropy per response token in nats, of the distribution at the sampling temperature."""
+    mismatch_mean: float
+    """Mean absolute difference of engine and old log-probs."""
+    mismatch_max: float
+    num_tokens: int
+    """Response tokens that went through the forward pass."""
+    skipped: bool
+    """True when a non-finite gradient made the optimizer leave the weights as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefitReceipt:
+    """Proof of one hand-over of weights to the engine."""
+
+    policy_version: int
+    nbytes: int
+    """Bytes written into engine parameters, over all ranks."""
+    seconds: float
