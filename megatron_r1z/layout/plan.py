@@ -1,0 +1,312 @@
+"""The plan that turns one layout into another: pure data, the same on every rank that computes it.
+
+Every destination block is intersected with the source blocks of its tensor. An overlap that the destination rank holds itself is a local
+copy; otherwise it comes from a holder on the same node, otherwise from any holder, in both cases from the one that sends least so far.
+Copies between ranks are cut and packed into rounds in which no rank sends or receives more than a given number of bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from megatron_r1z.errors import ConfigError, RefitError
+from megatron_r1z.layout.blocks import Block, Box, Layout
+
+DEFAULT_ROUND_BYTES = 256 << 20
+"""Buffer bound: large enough that start-up of a transfer does not count, small beside a rank's weights."""
+DEFAULT_RANKS_PER_NODE = 8
+
+
+class Copy(NamedTuple):
+    """One box that moves from a parameter of one rank to a parameter of another, or of the same one."""
+
+    tensor: str
+    """Checkpoint tensor, for messages."""
+    source_rank: int
+    source_parameter: str
+    source_start: Box
+    destination_rank: int
+    destination_parameter: str
+    destination_start: Box
+    size: Box
+    nbytes: int
+    """Size at the destination, which is what travels."""
+
+
+class Exchange(NamedTuple):
+    """What one rank sends and receives in one round, by peer; both ends list the copies in the same order."""
+
+    number: int
+    sends: Mapping[int, tuple[Copy, ...]]
+    receives: Mapping[int, tuple[Copy, ...]]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The part of a plan that one rank carries out."""
+
+    rank: int
+    local: tuple[Copy, ...]
+    exchanges: tuple[Exchange, ...]
+    """Only the rounds in which the rank takes part, by number."""
+    num_rounds: int
+    """Rounds of the whole plan."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Local copies, then rounds of copies between ranks."""
+
+    source: Layout
+    destination: Layout
+    itemsize: int
+    """Bytes of one element at the destination."""
+    local: tuple[Copy, ...]
+    rounds: tuple[tuple[Copy, ...], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written into destination parameters, over all ranks."""
+        return sum(copy.nbytes for copy in self.local) + self.sent_bytes
+
+    @cached_property
+    def sent_bytes(self) -> int:
+        """Bytes that travel between ranks."""
+        return sum(copy.nbytes for copies in self.rounds for copy in copies)
+
+    def of_rank(self, rank: int) -> RankPlan:
+        """What `rank` copies, sends and receives."""
+        exchanges = [
+            Exchange(
+                number,
+                _by_peer(copies, lambda copy: copy.source_rank == rank, lambda copy: copy.destination_rank),
+                _by_peer(copies, lambda copy: copy.destination_rank == rank, lambda copy: copy.source_rank),
+            )
+            for number, copies in enumerate(self.rounds)
+        ]
+        return RankPlan(
+            rank,
+            tuple(copy for copy in self.local if copy.destination_rank == rank),
+            tuple(exchange for exchange in exchanges if exchange.sends or exchange.receives),
+            len(self.rounds),
+        )
+
+
+def _by_peer(copies: Sequence[Copy], mine: Callable[[Copy], bool], peer: Callable[[Copy], int]) -> dict[int, tuple[Copy, ...]]:
+    groups: dict[int, list[Copy]] = {}
+    for copy in filter(mine, copies):
+        groups.setdefault(peer(copy), []).append(copy)
+    return {rank: tuple(groups[rank]) for rank in sorted(groups)}
+
+
+def make_plan(
+    source: Layout,
+    destination: Layout,
+    itemsize: int,
+    round_bytes: int = DEFAULT_ROUND_BYTES,
+    ranks_per_node: int = DEFAULT_RANKS_PER_NODE,
+) -> Plan:
+    """Plan how every element of every destination block is written exactly once.
+
+    Returns:
+        The plan. Bytes sent are as few as can be: only what a destination rank does not hold itself.
+
+    Raises:
+        RefitError: the source lacks part of a destination block, or holds it in boxes that overlap without being equal.
+        ConfigError: `round_bytes` is smaller than one element.
+    """
+    if round_bytes < itemsize:
+        raise ConfigError(f"round_bytes is {round_bytes}; it must be at least the {itemsize} bytes of one element.")
+    regions = _regions(source.blocks)
+    choose = _HolderChoice(ranks_per_node)
+    local: list[Copy] = []
+    remote: list[Copy] = []
+    for block in destination.blocks:
+        for copy in _copies_into(block, regions, choose, itemsize, source.name):
+            (local if copy.source_rank == copy.destination_rank else remote).append(copy)
+    return Plan(source, destination, itemsize, tuple(local), _make_rounds(remote, itemsize, round_bytes))
+
+
+# --- which overlaps ---
+
+
+class _Region(NamedTuple):
+    """A box of a tensor and the blocks, on different ranks or twice on one, that hold exactly it."""
+
+    start: Box
+    size: Box
+    holders: dict[int, Block]
+    by_node: dict[int, list[int]]
+
+
+class _TensorRegions:
+    """The regions of one tensor, sorted along the dimension in which they differ, so that overlaps are found by bisection."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        by_box: dict[tuple[Box, Box], dict[int, Block]] = {}
+        for block in blocks:
+            by_box.setdefault((block.start, block.size), {}).setdefault(block.rank, block)
+        dims = range(len(blocks[0].start))
+        self._dim = max(dims, key=lambda dim: len({start[dim] for start, _ in by_box}))
+        boxes = sorted(by_box.items(), key=lambda item: item[0][0][self._dim])
+        self._regions = [_Region(start, size, holders, {}) for (start, size), holders in boxes]
+        self._starts = [region.start[self._dim] for region in self._regions]
+        self._longest = max(region.size[self._dim] for region in self._regions)
+
+    def near(self, block: Block) -> Sequence[_Region]:
+        """All regions that overlap `block` along the sorted dimension, and perhaps a few more."""
+        first = block.start[self._dim]
+        low = bisect_left(self._starts, first - self._longest + 1)
+        high = bisect_left(self._starts, first + block.size[self._dim], low)
+        return self._regions[low:high]
+
+
+def _regions(blocks: Sequence[Block]) -> dict[str, _TensorRegions]:
+    by_tensor: dict[str, list[Block]] = defaultdict(list)
+    for block in blocks:
+        by_tensor[block.tensor].append(block)
+    return {tensor: _TensorRegions(group) for tensor, group in by_tensor.items()}
+
+
+class _HolderChoice:
+    """Picks the sender of an overlap and remembers how much each rank sends."""
+
+    def __init__(self, ranks_per_node: int) -> None:
+        self._ranks_per_node = ranks_per_node
+        self._sent: dict[int, int] = defaultdict(int)
+
+    def __call__(self, region: _Region, rank: int, nbytes: int) -> Block:
+        own = region.holders.get(rank)
+        if own is not None:
+            return own
+        sender = self._least_loaded(self._candidates(region, rank))
+        self._sent[sender] += nbytes
+        return region.holders[sender]
+
+    def _candidates(self, region: _Region, rank: int) -> Sequence[int]:
+        """Holders on the node of `rank`, or all of them."""
+        if not region.by_node:
+            for holder in sorted(region.holders):
+                region.by_node.setdefault(holder // self._ranks_per_node, []).append(holder)
+        return region.by_node.get(rank // self._ranks_per_node) or list(region.holders)
+
+    def _least_loaded(self, ranks: Sequence[int]) -> int:
+        return min(ranks, key=lambda rank: (self._sent[rank], rank))
+
+
+def _copies_into(
+    block: Block, regions: dict[str, _TensorRegions], choose: _HolderChoice, itemsize: int, source_name: str
+) -> Iterator[Copy]:
+    """The copies that fill one destination block."""
+    found = 0
+    for region in regions[block.tensor].near(block) if block.tensor in regions else ():
+        start = tuple(map(max, block.start, region.start))
+        size = tuple(min(a + m, b + n) - s for a, m, b, n, s in zip(block.start, block.size, region.start, region.size, start, strict=True))
+        if min(size) <= 0:
+            continue
+        numel = math.prod(size)
+        found += numel
+        held = choose(region, block.rank, numel * itemsize)
+        yield Copy(
+            block.tensor,
+            held.rank,
+            held.parameter,
+            _shifted(held.local_start, start, held.start),
+            block.rank,
+            block.parameter,
+            _shifted(block.local_start, start, block.start),
+            size,
+            numel * itemsize,
+        )
+    if found != math.prod(block.size):
+        wrong = "lacks part of" if found < math.prod(block.size) else "has overlapping boxes of"
+        raise RefitError(
+            f"layout '{source_name}' {wrong} tensor {block.tensor} {list(block.start)} + {list(block.size)}, "
+            f"which rank {block.rank} needs for {block.parameter}."
+        )
+
+
+def _shifted(local_start: Box, start: Box, origin: Box) -> Box:
+    return tuple(a + b - c for a, b, c in zip(local_start, start, origin, strict=True))
+
+
+# --- rounds ---
+
+
+def _make_rounds(copies: Sequence[Copy], itemsize: int, round_bytes: int) -> tuple[tuple[Copy, ...], ...]:
+    """First fit: each piece goes to the earliest round in which its sender and its receiver still have room."""
+    sending, receiving = _Budget(round_bytes), _Budget(round_bytes)
+    rounds: list[list[Copy]] = []
+    for copy in copies:
+        for piece in _pieces(copy, itemsize, round_bytes):
+            sent, received = sending.of(piece.source_rank), receiving.of(piece.destination_rank)
+            number = max(sent.first_open, received.first_open)
+            while not (sent.has_room(number, piece.nbytes) and received.has_room(number, piece.nbytes)):
+                number += 1
+            sent.take(number, piece.nbytes)
+            received.take(number, piece.nbytes)
+            while len(rounds) <= number:
+                rounds.append([])
+            rounds[number].append(piece)
+    return tuple(tuple(group) for group in rounds if group)
+
+
+class _Usage:
+    """Bytes that one rank sends (or receives) in each round."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used: list[int] = []
+        self.first_open = 0
+        """No earlier round has more than a sixteenth of its bytes left."""
+
+    def has_room(self, number: int, nbytes: int) -> bool:
+        return number >= len(self._used) or self._used[number] + nbytes <= self._limit
+
+    def take(self, number: int, nbytes: int) -> None:
+        self._used += [0] * (number + 1 - len(self._used))
+        self._used[number] += nbytes
+        while self.first_open < len(self._used) and self._used[self.first_open] * 16 > self._limit * 15:
+            self.first_open += 1
+
+
+class _Budget:
+    """The usage of every rank in one direction."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._usage: dict[int, _Usage] = {}
+
+    def of(self, rank: int) -> _Usage:
+        return self._usage.setdefault(rank, _Usage(self._limit))
+
+
+def _pieces(copy: Copy, itemsize: int, limit: int) -> Iterator[Copy]:
+    """Cut a copy into pieces of at most `limit` bytes, along dimension 0 and further in only where a single row exceeds it."""
+    if copy.nbytes <= limit:
+        yield copy
+        return
+    dim = next(dim for dim in range(len(copy.size)) if copy.size[dim] > 1)
+    count = copy.size[dim]
+    step = max(1, limit // (copy.nbytes // count))
+    for offset in range(0, count, step):
+        yield from _pieces(_slice(copy, dim, offset, min(step, count - offset), itemsize), itemsize, limit)
+
+
+def _slice(copy: Copy, dim: int, offset: int, count: int, itemsize: int) -> Copy:
+    def moved(start: Box) -> Box:
+        return (*start[:dim], start[dim] + offset, *start[dim + 1 :])
+
+    size = (*copy.size[:dim], count, *copy.size[dim + 1 :])
+    return copy._replace(
+        source_start=moved(copy.source_start),
+        destination_start=moved(copy.destination_start),
+        size=size,
+        nbytes=math.prod(size) * itemsize,
+    )

@@ -1,0 +1,286 @@
+"""The training loop.
+
+    prompts -> rollout (vLLM) -> grade -> advantages -> pack -> Megatron update -> reshard -> vLLM
+
+Every rank runs this same program. `Run` lists the parts: `prompts.py` draws questions, `rollout/` samples, `grading/` judges, `objective.py`
+and `packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over, `evaluate.py`, `checkpoint.py`, `metrics.py` and
+`rollouts.py` keep the record. `assemble.py` builds them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1z import ranks
+from megatron_r1z.checkpoint import Checkpoints
+from megatron_r1z.config import TrainConfig
+from megatron_r1z.errors import RefitError
+from megatron_r1z.evaluate import evaluate_sets
+from megatron_r1z.metrics import Metrics, RunLog, Stopwatch, mean_metrics, refit_metrics, rollout_metrics, update_metrics
+from megatron_r1z.objective import OBJECTIVES, Objective
+from megatron_r1z.packing import GlobalBatch, pack
+from megatron_r1z.policy.policy import MegatronPolicy
+from megatron_r1z.prompts import PromptSet, PromptStream
+from megatron_r1z.protocols import Engine, Grader, Sampling
+from megatron_r1z.reshard.refit import Refit
+from megatron_r1z.rollouts import save_rollouts
+from megatron_r1z.supervisor import StopFlag
+from megatron_r1z.types import GradedGroup, RefitReceipt, Sample, UpdateStats
+
+CERTIFICATE_GROUPS = 32
+"""Groups whose log-probs are compared between engine and policy before the first update."""
+CERTIFICATE_LIMIT_NATS = 1e-3
+"""Above this, float32 weights on both sides cannot be the same weights (measured: below 1e-5)."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint keeps besides the policy: the last finished iteration."""
+
+    iteration: int
+    """Iterations finished; also the policy version."""
+    steps: int
+    """Optimizer steps taken."""
+    prompts: dict[str, Any]
+    """Cursor of the question order."""
+
+
+@dataclass
+class Run:
+    """The collaborators of one run on this rank, and where it stands."""
+
+    config: TrainConfig
+    policy: MegatronPolicy
+    engine: Engine
+    grader: Grader
+    refit: Refit
+    prompts: PromptStream
+    stop: tuple[str, ...]
+    evaluation: Sequence[PromptSet]
+    checkpoints: Checkpoints
+    log: RunLog
+    stop_flag: StopFlag
+    state: RunState
+    watch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Stopwatch(self.log)
+
+    @property
+    def objective(self) -> Objective:
+        """The row of the objective table."""
+        return OBJECTIVES[self.config.algorithm.name]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.logging.folder)
+
+    def iterations(self) -> Iterator[int]:
+        """The iterations that are left; ends early when any rank was asked to stop."""
+        while self.state.iteration < self.config.algorithm.iterations and not self.stopped():
+            yield self.state.iteration
+
+    def stopped(self) -> bool:
+        """True on every rank once one of them has seen SIGINT or SIGTERM."""
+        return ranks.any_rank(self.stop_flag.requested)
+
+    def sampling(self, iteration: int) -> Sampling:
+        """How the responses of an iteration are sampled."""
+        rollout = self.config.rollout
+        return Sampling(
+            num_samples=rollout.samples_per_prompt,
+            max_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop=self.stop,
+            seed=rollout.seed * 1_000_003 + iteration,
+        )
+
+
+def train(run: Run) -> bool:
+    """Run the iterations that are left; True when all are done, False when the run was asked to stop.
+
+    The last finished iteration is in a checkpoint either way.
+    """
+    saved = run.state if run.checkpoints.latest() else None
+    certified = False
+    with run.watch.phase("refit"):
+        run.refit(policy_version=run.state.iteration)
+    if run.state.iteration == 0:
+        _evaluate(run)
+    for iteration in run.iterations():
+        prompts = run.prompts.draw(run.config.rollout.prompts_per_iteration)
+        with run.watch.phase("rollout"):
+            groups = run.engine.generate(prompts, run.sampling(iteration))
+        with run.watch.phase("grade"):
+            graded = sorted(ranks.gather(run.grader.grade(groups)), key=lambda item: item.group.group_id)
+        if run.stopped():
+            break
+        samples = make_samples(graded, run.objective)
+        batches, step_of = make_batches(samples, run, iteration)
+        if not certified:
+            _certify(run, samples)
+            certified = True
+        with run.watch.phase("update"):
+            train_batches = run.policy.with_old_logprobs(batches)  # one old policy for all steps
+            stats = [run.policy.update(batch) for batch in train_batches]  # one optimizer step each
+        with run.watch.phase("refit"):
+            receipt = run.refit(policy_version=iteration + 1)
+        run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state())
+        _keep_rollouts(run, iteration, graded, samples, step_of)
+        _record(run, graded, stats, receipt)
+        if _is_due(run, run.config.evaluation.every):
+            _evaluate(run)
+        if _is_due(run, run.config.checkpoint.every):
+            saved = _save(run)
+    if saved != run.state:
+        _save(run)
+    return run.state.iteration == run.config.algorithm.iterations
+
+
+def make_samples(graded: Sequence[GradedGroup], objective: Objective) -> list[Sample]:
+    """One row per response, in group order, with its advantage."""
+    samples = []
+    for item in graded:
+        prompt = item.group.prompt
+        advantages = objective.advantages([verdict.reward for verdict in item.verdicts])
+        for index, (response, advantage) in enumerate(zip(item.group.responses, advantages, strict=True)):
+            samples.append(
+                Sample(
+                    sample_id=f"{item.group.group_id}/{index}",
+                    token_ids=prompt.token_ids + response.token_ids,
+                    prompt_length=len(prompt.token_ids),
+                    advantage=advantage,
+                    engine_logprobs=response.logprobs,
+                    policy_version=response.policy_version,
+                )
+            )
+    return samples
+
+
+def make_batches(samples: Sequence[Sample], run: Run, iteration: int) -> tuple[list[GlobalBatch], dict[str, int]]:
+    """The optimizer steps of an iteration, each over a random `train_batch_size` of its samples, and the step of each sample.
+
+    As in OAT the samples of a group are scattered over the steps (recipe: `oat/algorithms/ppo.py` permutes the buffer).
+    """
+    order = list(samples)
+    random.Random(f"steps/{run.config.rollout.seed}/{iteration}").shuffle(order)
+    size = run.config.algorithm.train_batch_size
+    steps = [order[start : start + size] for start in range(0, len(order), size)]
+    return [_pack(run, step) for step in steps], {sample.sample_id: index for index, step in enumerate(steps) for sample in step}
+
+
+def _pack(run: Run, samples: Sequence[Sample], *, skip_zero_advantage: bool = True) -> GlobalBatch:
+    lengths = [sample.response_length for sample in samples]
+    return pack(
+        samples,
+        run.policy.packing_rules(),
+        run.policy.topology.coordinates(dist.get_rank()).dp_rank,
+        token_weight=run.objective.token_weight,
+        denominator=run.objective.denominator(lengths, run.config.rollout.max_response_tokens),
+        skip_zero_advantage=skip_zero_advantage,
+    )
+
+
+def _certify(run: Run, samples: Sequence[Sample]) -> None:
+    """Compare engine and policy log-probs of the same tokens at equal weights, print and keep the difference.
+
+    Raises:
+        RefitError: float32 on both sides, and a difference that equal weights cannot have.
+    """
+    config = run.config
+    some = samples[: CERTIFICATE_GROUPS * config.rollout.samples_per_prompt]
+    batch = _pack(run, some, skip_zero_advantage=False)
+    with run.watch.phase("certify"):
+        logprobs = run.policy.response_logprobs(batch.micro_batches)
+    pairs = zip(logprobs, batch.micro_batches, strict=True)
+    differences = [(mine - item.engine_logprobs_R).abs() for mine, item in pairs if mine is not None]
+    difference = torch.cat([torch.zeros(1), *differences]).double()
+    largest, total, count = difference.max(), difference.sum(), torch.tensor(float(difference.numel() - 1))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    totals = torch.stack([total, count.double()])
+    dist.all_reduce(totals)
+    mean = float(totals[0] / totals[1].clamp(min=1))
+    precision = f"engine {config.precision.engine}, policy {config.precision.policy}"
+    run.log.say(f"engine and policy log-probs at equal weights ({precision}): max difference {float(largest):.1e}, mean {mean:.1e} nats")
+    if dist.get_rank() == 0:
+        figures = {"max_nats": float(largest), "mean_nats": mean, "engine": config.precision.engine, "policy": config.precision.policy}
+        (run.folder / "certificate.json").write_text(json.dumps({"iteration": run.state.iteration, **figures}) + "\n")
+    exact = config.precision.engine == config.precision.policy == "fp32" and config.rollout.top_p == 1.0 and config.rollout.top_k == -1
+    if exact and float(largest) > CERTIFICATE_LIMIT_NATS:
+        raise RefitError(
+            f"engine and policy disagree by {float(largest):.2e} nats on the same tokens in float32 (limit {CERTIFICATE_LIMIT_NATS:g}); "
+            "the engine does not hold the policy's weights, so nothing it samples can be trained on."
+        )
+
+
+def _is_due(run: Run, every: int) -> bool:
+    return run.state.iteration % every == 0 or run.state.iteration == run.config.algorithm.iterations
+
+
+def _evaluate(run: Run) -> None:
+    if not run.evaluation:
+        return
+    evaluation, rollout = run.config.evaluation, run.config.rollout
+    sampling = Sampling(evaluation.samples, rollout.max_response_tokens, evaluation.temperature, 1.0, -1, run.stop, seed=rollout.seed)
+    with run.watch.phase("evaluate"):
+        metrics = evaluate_sets(run.evaluation, run.engine, run.grader, sampling)
+    run.log.write("iteration", run.state.iteration, metrics)
+    accuracies = {name.removeprefix("evaluation/"): value for name, value in metrics.items() if name.endswith("_accuracy")}
+    run.log.say(f"iteration {run.state.iteration}: " + ", ".join(f"{name} {value:.3f}" for name, value in accuracies.items()))
+
+
+def _save(run: Run) -> RunState:
+    state = run.state
+    with run.watch.phase("checkpoint"):
+        run.checkpoints.save(state.iteration, run.policy, {"iteration": state.iteration, "steps": state.steps, "prompts": state.prompts})
+    return state
+
+
+def _keep_rollouts(
+    run: Run, iteration: int, graded: Sequence[GradedGroup], samples: Sequence[Sample], step_of: dict[str, int]
+) -> None:
+    if run.config.logging.rollouts and dist.get_rank() == 0:
+        save_rollouts(run.folder / "rollouts", iteration, graded, samples, step_of)
+
+
+def _record(run: Run, graded: Sequence[GradedGroup], stats: Sequence[UpdateStats], receipt: RefitReceipt) -> None:
+    """Write the figures of the iteration that just ended."""
+    steps = [update_metrics(item) for item in stats]
+    first = run.state.steps - len(steps)
+    if len(steps) > 1:
+        for index, row in enumerate(steps):
+            run.log.write("step", first + index + 1, row)
+    metrics = rollout_metrics(graded) | mean_metrics(steps) | refit_metrics(receipt) | run.watch.lap()
+    run.log.write("iteration", run.state.iteration, metrics)
+    run.log.row(_cells(run.state.iteration, metrics))
+
+
+def _cells(iteration: int, metrics: Metrics) -> dict[str, str]:
+    def show(name: str, form: str) -> str:
+        return format(metrics[name], form) if name in metrics else "-"
+
+    return {
+        "iteration": str(iteration),
+        "reward": show("rollout/reward_mean", ".3f"),
+        "length": show("rollout/length_mean_tokens", ".1f"),
+        "right": show("rollout/length_right_tokens", ".1f"),
+        "wrong": show("rollout/length_wrong_tokens", ".1f"),
+        "cut": show("rollout/truncated_share", ".1%"),
+        "loss": show("update/loss", ".5f"),
+        "gradient": show("update/grad_norm", ".4f"),
+        "mismatch": show("update/mismatch_max_nats", ".1e"),
+        "rollout": show("time/rollout_s", ".2f") + "s",
+        "update": show("time/update_s", ".2f") + "s",
+        "refit": show("refit/seconds_s", ".3f") + "s",
+    }

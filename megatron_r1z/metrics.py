@@ -1,0 +1,158 @@
+"""The figures of a run: what they are called, how they follow from the stages' records, and where they are written.
+
+Names are `stage/quantity_unit`; `docs/metrics.md` lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, UpdateStats, VerdictKind
+
+Metrics = dict[str, float]
+
+
+def rollout_metrics(graded: Sequence[GradedGroup]) -> Metrics:
+    """Rewards, lengths and verdicts of one iteration."""
+    pairs = [pair for item in graded for pair in zip(item.group.responses, item.verdicts, strict=True)]
+    lengths = [response.length for response, _ in pairs]
+    right = [response.length for response, verdict in pairs if verdict.reward > 0]
+    wrong = [response.length for response, verdict in pairs if verdict.reward <= 0]
+    kinds = Counter(verdict.kind for _, verdict in pairs)
+    mixed = sum(len({verdict.reward for verdict in item.verdicts}) > 1 for item in graded)
+    metrics = {
+        "rollout/reward_mean": fmean(verdict.reward for _, verdict in pairs),
+        "rollout/length_mean_tokens": fmean(lengths),
+        "rollout/length_max_tokens": float(max(lengths)),
+        "rollout/truncated_share": sum(response.finish_reason is FinishReason.LENGTH for response, _ in pairs) / len(pairs),
+        "rollout/mixed_groups_share": mixed / len(graded),
+    }
+    if right:
+        metrics["rollout/length_right_tokens"] = fmean(right)
+    if wrong:
+        metrics["rollout/length_wrong_tokens"] = fmean(wrong)
+    return metrics | {f"grading/{kind.value}_share": kinds[kind] / len(pairs) for kind in VerdictKind}
+
+
+def update_metrics(stats: UpdateStats) -> Metrics:
+    """One optimizer step."""
+    return {
+        "update/loss": stats.loss,
+        "update/grad_norm": stats.grad_norm,
+        "update/learning_rate": stats.learning_rate,
+        "update/clip_fraction": stats.clip_fraction,
+        "update/ratio_max": stats.ratio_max,
+        "update/entropy_nats": stats.entropy,
+        "update/mismatch_mean_nats": stats.mismatch_mean,
+        "update/mismatch_max_nats": stats.mismatch_max,
+        "update/trained_tokens": float(stats.num_tokens),
+        "update/skipped_steps": float(stats.skipped),
+    }
+
+
+def refit_metrics(receipt: RefitReceipt) -> Metrics:
+    """One hand-over of weights."""
+    return {"refit/bytes": float(receipt.nbytes), "refit/seconds_s": receipt.seconds}
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """The mean of each figure over the optimizer steps of an iteration."""
+    return {name: fmean(row[name] for row in rows) for name in rows[0]}
+
+
+class RunLog:
+    """Writes a run's figures to `metrics.jsonl` and tensorboard and tells a person what is going on; rank 0 has one, others `SilentLog`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._rows = (folder / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._columns: tuple[str, ...] = ()
+        self._live = sys.stdout.isatty()
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches."""
+        self._clear()
+        print(line, flush=True)
+
+    def phase(self, label: str) -> None:
+        """What the run is doing now, on a terminal: one live line."""
+        if self._live:
+            self._clear()
+            print(f"  {label} ...", end="", flush=True)
+
+    def row(self, cells: Mapping[str, str]) -> None:
+        """A row of the table; the header comes first and again when the columns change."""
+        if tuple(cells) != self._columns:
+            self._columns = tuple(cells)
+            self.say("  ".join(f"{name:>{_width(name)}}" for name in cells))
+        self.say("  ".join(f"{text:>{_width(name)}}" for name, text in cells.items()))
+
+    def write(self, unit: str, number: int, metrics: Metrics) -> None:
+        """Figures of iteration or step `number`; `unit` is `iteration` or `step`."""
+        self._rows.write(json.dumps({unit: number, "time": round(time.time(), 3), **metrics}) + "\n")
+        self._rows.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name if unit == "iteration" else f"step_{name}", value, number)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._clear()
+        self._rows.close()
+        self._board.close()
+
+    def _clear(self) -> None:
+        if self._live:
+            print("\r\x1b[2K", end="")
+
+
+class SilentLog(RunLog):
+    """The log of every rank but 0."""
+
+    def __init__(self) -> None:
+        pass
+
+    def say(self, line: str) -> None: ...
+
+    def phase(self, label: str) -> None: ...
+
+    def row(self, cells: Mapping[str, str]) -> None: ...
+
+    def write(self, unit: str, number: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Stopwatch:
+    """Seconds spent in each phase since the last `lap`."""
+
+    def __init__(self, log: RunLog) -> None:
+        self._log = log
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what happens inside as part of `name`, and show it as the live line."""
+        self._log.phase(name)
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def lap(self) -> Metrics:
+        """`time/<phase>_s` since the last call."""
+        metrics = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        return metrics
+
+
+def _width(name: str) -> int:
+    return max(len(name), 7)

@@ -1,0 +1,55 @@
+"""What megatron-core needs from `torch.cuda` on a machine that has none.
+
+Written for megatron-core 0.16.1 on torch 2.13 (`tests/unit/policy/test_cpu.py` fails when either moves what is relied on). Nothing of
+Megatron is changed. Two functions of `torch.cuda` get a CPU meaning, once per process:
+
+- `current_device()` is only used as a `device=` value, so it answers `cpu`;
+- `synchronize()` has nothing to wait for.
+
+Everything else is a `TorchFunctionMode`, a public torch hook, which answers for literal `device="cuda"` arguments, `Tensor.cuda()` and
+comparisons with `"torch.cuda.FloatTensor"`. The mode is thread-local, and vLLM's engine is built outside it, so it is a context around
+each call into Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def megatron_device() -> AbstractContextManager[object]:
+    """A context for calls into Megatron: the CPU stand-in without CUDA, nothing with it."""
+    return nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
+
+
+def prepare_process() -> None:
+    """Give `torch.cuda.current_device` and `synchronize` their CPU meaning; does nothing where CUDA is available."""
+    if torch.cuda.is_available():
+        return
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return func(*(torch.device("cpu") if _is_cuda(arg) else arg for arg in args), **kwargs)
+
+
+def _is_cuda(value: object) -> bool:
+    if isinstance(value, str):
+        return value == "cuda" or value.startswith("cuda:")
+    return isinstance(value, torch.device) and value.type == "cuda"

@@ -1,0 +1,76 @@
+"""Layers of the local spec: what megatron-core's own local layers cannot do on packed sequences under sequence parallelism.
+
+With Transformer Engine none of this is used. Numerics follow transformers' Llama: normalisation and softmax in float32 inside the kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose weight takes part in the gradient sum of sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # read by finalize_model_grads
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention within each of the packed sequences, by torch's scaled dot product attention.
+
+    The sequences are laid side by side in a [S, longest] grid, so that one kernel call serves all of them; causality keeps the filling
+    at the end of a row out of every real position.
+    """
+
+    def __init__(self, config: TransformerConfig, *_unused: Any, softmax_scale: float | None = None, **_more: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 0)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None = None, *, packed_seq_params: PackedSeqParams, **_unused: Any
+    ) -> Tensor:
+        """[T, heads, d], [T, kv heads, d], [T, kv heads, d] -> [T, heads * d]."""
+        grid = _grid(packed_seq_params)
+        attended = F.scaled_dot_product_attention(
+            _to_rows(query, grid),
+            _to_rows(key, grid),
+            _to_rows(value, grid),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        sequence_T, offset_T, _ = grid
+        return attended.transpose(1, 2)[sequence_T, offset_T].reshape(query.shape[0], -1)
+
+
+Grid = tuple[Tensor, Tensor, int]
+"""Sequence number and offset of each packed token, and the longest length."""
+
+
+def _grid(packed: PackedSeqParams) -> Grid:
+    boundaries = packed.cu_seqlens_q.long()
+    lengths = boundaries.diff()
+    sequence_T = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+    offset_T = torch.arange(int(boundaries[-1]), device=lengths.device) - boundaries[:-1][sequence_T]
+    return sequence_T, offset_T, packed.max_seqlen_q
+
+
+def _to_rows(packed_THD: Tensor, grid: Grid) -> Tensor:
+    """[T, heads, d] -> [S, heads, longest, d]."""
+    sequence_T, offset_T, longest = grid
+    rows = packed_THD.new_zeros(int(sequence_T[-1]) + 1, longest, *packed_THD.shape[1:])
+    return rows.index_put((sequence_T, offset_T), packed_THD).transpose(1, 2)

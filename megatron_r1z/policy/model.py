@@ -1,0 +1,160 @@
+"""The Megatron model of this rank: a GPT per pipeline chunk, from the shape of a Hugging Face config.
+
+A chunk's forward ends, on the last stage, in log-probs of the response tokens instead of logits: the head works on response rows only
+and the [tokens, vocabulary] matrix never exists (`logprob.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_r1z.config import ParallelConfig, PrecisionConfig
+from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.packing import MicroBatch
+from megatron_r1z.policy.local_layers import PackedAttention, RMSNorm
+from megatron_r1z.policy.logprob import vocab_parallel_logprobs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PolicyModel(GPTModel):
+    """One pipeline chunk of the policy."""
+
+    def forward(self, batch: MicroBatch, unpadded_vocab_size: int, temperature: float) -> Tensor:  # type: ignore[override]
+        """Hidden states [T, 1, H] for the next stage; on the last stage float32 [2, R]: log-probs and entropies of the response tokens."""
+        packed = packed_parameters(batch)
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=batch.token_ids_T[None], position_ids=batch.position_ids_T[None])
+        rotary = self.rotary_pos_emb(batch.max_seqlen, packed_seq=True)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
+        return self._response_logprobs(hidden, batch, unpadded_vocab_size, temperature) if self.post_process else hidden
+
+    def _response_logprobs(self, hidden: Tensor, batch: MicroBatch, vocab_size: int, temperature: float) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        split = self.config.tensor_model_parallel_size > 1
+        logprobs, entropy = vocab_parallel_logprobs(
+            self._gather(hidden).squeeze(1)[batch.rows_R],
+            weight,
+            batch.targets_R,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
+            group=parallel_state.get_tensor_model_parallel_group() if split else None,
+        )
+        return torch.stack([logprobs, entropy])
+
+    def _gather(self, hidden: Tensor) -> Tensor:
+        """All positions on every tensor-parallel rank; the backward pass sums the ranks' parts of the gradient."""
+        if self.config.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+
+
+def packed_parameters(batch: MicroBatch) -> PackedSeqParams:
+    """Megatron's description of the packed sequences of a micro-batch."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens_S1,
+        cu_seqlens_kv=batch.cu_seqlens_S1,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+def has_transformer_engine() -> bool:
+    """True where Transformer Engine layers can be built: its torch part is installed and there is a GPU for it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
+
+
+def build_chunks(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, padded_vocab_size: int) -> list[PolicyModel]:
+    """The model chunks of this rank, one per virtual pipeline stage, with unset weights."""
+    config = transformer_config(shape, parallel, precision)
+    stages = [None] if parallel.virtual_pipeline_size == 1 else list(range(parallel.virtual_pipeline_size))
+    return [_build_chunk(shape, config, padded_vocab_size, stage) for stage in stages]
+
+
+def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
+    """Megatron's description of the model and how it is split."""
+    dtype = DTYPES[precision.policy]
+    virtual = parallel.virtual_pipeline_size
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        sequence_parallel=parallel.sequence_parallel,
+        batch_p2p_comm=False,
+        overlap_p2p_comm=False,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=has_transformer_engine(),
+        persist_layer_norm=False,
+    )
+
+
+def _build_chunk(shape: ModelShape, config: TransformerConfig, padded_vocab_size: int, vp_stage: int | None) -> PolicyModel:
+    virtual = {"ignore_virtual": False, "vp_stage": vp_stage}
+    scaling = shape.rope_scaling
+    chunk = PolicyModel(
+        config=config,
+        transformer_layer_spec=_block_spec(shape, config, vp_stage),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(**virtual),
+        post_process=parallel_state.is_pipeline_last_stage(**virtual),
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        rope_scaling=scaling is not None,
+        rope_scaling_factor=scaling.factor if scaling is not None else 1.0,
+        vp_stage=vp_stage,
+    )
+    return chunk.cuda(torch.cuda.current_device()) if torch.cuda.is_available() else chunk
+
+
+def _block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine layers where they can run, the local ones elsewhere."""
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm)

@@ -1,0 +1,67 @@
+"""AdamW over Megatron's gradient buffers, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_r1z.config import OptimizerConfig
+from megatron_r1z.policy.model import PolicyModel
+
+ENDLESS_STEPS = 1 << 40
+"""Decay steps of the constant schedule, which never gets there."""
+
+
+def wrap_chunks(chunks: Sequence[PolicyModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
+    """Give every chunk float32 gradient buffers that are summed, never averaged, over data-parallel ranks.
+
+    The weights must be in place: the distributed optimizer moves them into its own buffers.
+    """
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed)
+    return [
+        DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig) -> MegatronOptimizer:
+    """AdamW with float32 master weights; it clips by the global gradient norm and skips a step whose gradient is not finite."""
+    dtype: torch.dtype = chunks[0].config.params_dtype
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        list(chunks),
+    )
+
+
+def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then constant, linear or cosine; one unit is one optimizer step."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=config.decay_steps or ENDLESS_STEPS,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,167 @@
+"""`MegatronPolicy`: the model being trained, its optimizer and the steps it can take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from torch import Tensor
+
+from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.layout.topology import Topology
+from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules
+from megatron_r1z.policy import step
+from megatron_r1z.policy.cpu import megatron_device
+from megatron_r1z.policy.model import build_chunks
+from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, wrap_chunks
+from megatron_r1z.types import UpdateStats
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class Settings(Protocol):
+    """The sections of a configuration that decide how a policy is built."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def precision(self) -> PrecisionConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """One optimizer step's work: the batch and the old policy's log-probs.
+
+    `old_logprobs` is empty when the step is the only one of its iteration: then the policy that is stepped is the old policy, the ratio
+    is 1 by definition and its gradient is that of the current log-probs. Its entries are None on all but the last pipeline stage.
+    """
+
+    batch: GlobalBatch
+    old_logprobs: tuple[Tensor | None, ...] = ()
+
+    def work(self) -> list[step.Work]:
+        """The micro-batches with their old log-probs."""
+        old = self.old_logprobs or (None,) * len(self.batch.micro_batches)
+        return [step.Work(batch, logprobs) for batch, logprobs in zip(self.batch.micro_batches, old, strict=True)]
+
+
+def _in_megatron(
+    method: Callable[Concatenate[MegatronPolicy, Arguments], Result],
+) -> Callable[Concatenate[MegatronPolicy, Arguments], Result]:
+    """Run a method in the device context that Megatron needs (`cpu.py`)."""
+
+    @functools.wraps(method)
+    def wrapped(self: MegatronPolicy, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with megatron_device():
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+class MegatronPolicy:
+    """The policy on this rank.
+
+    Build it, write weights into `parameters()`, then call `start_training()`: from there on it owns an optimizer.
+    """
+
+    def __init__(self, settings: Settings, shape: ModelShape, topology: Topology, *, padded_vocab_size: int, temperature: float) -> None:
+        self.shape = shape
+        self.topology = topology
+        self._settings = settings
+        self._temperature = temperature
+        with megatron_device():
+            self._bare = build_chunks(shape, settings.parallel, settings.precision, padded_vocab_size)
+        self._names = [(f"chunks.{index}.{name}", index, name) for index, chunk in enumerate(self._bare) for name, _ in chunk.named_parameters()]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """This rank's weights by the names of the Megatron layout, without gradient history; writing into them changes the model."""
+        found = [dict(chunk.named_parameters()) for chunk in self._bare]
+        return {full: found[index][name].data for full, index, name in self._names}
+
+    @_in_megatron
+    def start_training(self, loss: step.Loss) -> None:
+        """Add gradient buffers, optimizer and schedule around the weights that are now in place."""
+        self._loss = loss
+        chunks = wrap_chunks(self._bare, self._settings.optimizer)
+        self.model = step.Model(chunks, self.shape.vocab_size, self._temperature)
+        self.optimizer = build_optimizer(chunks, self._settings.optimizer)
+        self.schedule = build_schedule(self.optimizer, self._settings.optimizer)
+        for chunk in chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.grad_scale_func = self.optimizer.scale_loss
+
+    def packing_rules(self) -> PackingRules:
+        """What a micro-batch of this policy may look like."""
+        parallel = self._settings.parallel
+        return PackingRules(
+            data_parallel_size=self.topology.dp,
+            micro_batch_tokens=parallel.micro_batch_tokens,
+            tokens_multiple=self.topology.tp if parallel.sequence_parallel else 1,
+            micro_batches_multiple=self.topology.pp if self.topology.vpp > 1 else 1,
+            equal_micro_batches=self.topology.pp > 1,
+            pad_sequences=parallel.pad_sequences,
+        )
+
+    @_in_megatron
+    def response_logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor | None]:
+        """Log-probs of the response tokens under the present weights, float32 [R] each; None on all but the last pipeline stage."""
+        return step.response_logprobs(self.model, batches)
+
+    def with_old_logprobs(self, batches: Sequence[GlobalBatch]) -> list[TrainBatch]:
+        """Attach the present policy's log-probs, before any weight moves. A single step needs none (see `TrainBatch`)."""
+        if len(batches) == 1:
+            return [TrainBatch(batches[0])]
+        return [TrainBatch(batch, tuple(self.response_logprobs(batch.micro_batches))) for batch in batches]
+
+    @_in_megatron
+    def update(self, train_batch: TrainBatch) -> UpdateStats:
+        """One optimizer step."""
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = step.forward_backward(self.model, train_batch.work(), self._loss)
+        learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        succeeded, grad_norm, _zeros = self.optimizer.step()
+        if succeeded:
+            self.schedule.step(increment=1)
+        tokens = max(sums.tokens, 1.0)
+        return UpdateStats(
+            loss=sums.loss / train_batch.batch.denominator,
+            grad_norm=float(grad_norm),
+            learning_rate=float(learning_rate or 0.0),
+            clip_fraction=sums.clipped / tokens,
+            ratio_max=sums.ratio_max,
+            entropy=sums.entropy / tokens,
+            mismatch_mean=sums.mismatch / tokens,
+            mismatch_max=sums.mismatch_max,
+            num_tokens=int(sums.tokens),
+            skipped=not succeeded,
+        )
+
+    @_in_megatron
+    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """Weights, optimizer and schedule for Megatron's distributed checkpoint."""
+        state: dict[str, Any] = {f"model{index}": chunk.sharded_state_dict(prefix="") for index, chunk in enumerate(self._bare)}
+        weights = state if len(self._bare) > 1 else {"model": state["model0"]}
+        state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=is_loading)
+        state["schedule"] = self.schedule.state_dict()
+        return state
+
+    @_in_megatron
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `sharded_state` saved."""
+        for index, chunk in enumerate(self._bare):
+            chunk.load_state_dict(state[f"model{index}"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])

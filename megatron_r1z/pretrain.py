@@ -1,0 +1,119 @@
+"""Next-token training on text with the same policy as the loop: `megatron-r1z pretrain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1z import ranks
+from megatron_r1z.checkpoint import Checkpoints
+from megatron_r1z.config import PretrainConfig
+from megatron_r1z.corpus import Document, DocumentStream
+from megatron_r1z.metrics import RunLog, Stopwatch, update_metrics
+from megatron_r1z.objective import TokenLosses, likelihood_losses
+from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
+from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
+from megatron_r1z.supervisor import StopFlag
+from megatron_r1z.types import Sample, UpdateStats
+
+ROW_EVERY = 25
+"""Steps between rows of the table; `metrics.jsonl` has every step."""
+
+
+@dataclass(frozen=True)
+class PretrainState:
+    """What a checkpoint keeps besides the policy."""
+
+    step: int
+    documents: dict[str, Any]
+    """Cursor of the document order."""
+
+
+@dataclass
+class Pretraining:
+    """The collaborators of a pre-training run on this rank, and where it stands."""
+
+    config: PretrainConfig
+    policy: MegatronPolicy
+    documents: DocumentStream
+    checkpoints: Checkpoints
+    log: RunLog
+    stop_flag: StopFlag
+    state: PretrainState
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.logging.folder)
+
+
+def pretrain(run: Pretraining) -> bool:
+    """Take the steps that are left; True when all are done, False when the run was asked to stop. The last step is in a checkpoint."""
+    watch = Stopwatch(run.log)
+    steps = run.config.corpus.steps
+    saved = run.state if run.checkpoints.latest() else None
+    while run.state.step < steps and not ranks.any_rank(run.stop_flag.requested):
+        with watch.phase("update"):
+            stats = run.policy.update(TrainBatch(make_batch(run, run.documents.draw(run.config.corpus.documents_per_step))))
+        run.state = PretrainState(run.state.step + 1, run.documents.to_state())
+        _record(run, stats, watch)
+        if run.state.step % run.config.checkpoint.every == 0:
+            saved = _save(run)
+    if saved != run.state:
+        _save(run)
+    return run.state.step == steps
+
+
+def next_token_loss(logprobs_R: Tensor, _old_logprobs_R: Tensor, batch: MicroBatch) -> TokenLosses:
+    """Minus log-prob of every predicted token; the step divides by their number."""
+    return likelihood_losses(logprobs_R, batch.weights_R)
+
+
+def make_batch(run: Pretraining, documents: list[Document]) -> GlobalBatch:
+    """One step over `documents`: every predicted token weighs 1, the denominator is their number over all ranks."""
+    only_response = run.config.corpus.loss_on == "response"
+    samples = [
+        Sample(
+            sample_id=str(index),
+            token_ids=document.token_ids,
+            prompt_length=max(document.prompt_length if only_response else 0, 1),  # the first token has nothing to be predicted from
+            advantage=1.0,
+            engine_logprobs=(),
+            policy_version=run.state.step,
+        )
+        for index, document in enumerate(documents)
+    ]
+    return pack(
+        samples,
+        run.policy.packing_rules(),
+        run.policy.topology.coordinates(dist.get_rank()).dp_rank,
+        token_weight=lambda _length: 1.0,
+        denominator=max(sum(sample.response_length for sample in samples), 1),
+    )
+
+
+def _record(run: Pretraining, stats: UpdateStats, watch: Stopwatch) -> None:
+    metrics = update_metrics(stats)
+    names = ("loss", "grad_norm", "learning_rate", "entropy_nats", "trained_tokens", "skipped_steps")
+    metrics = {f"pretrain/{name}": metrics[f"update/{name}"] for name in names} | watch.lap()
+    run.log.write("step", run.state.step, metrics)
+    if run.state.step % ROW_EVERY == 0 or run.state.step in (1, run.config.corpus.steps):
+        run.log.row(
+            {
+                "step": str(run.state.step),
+                "loss": f"{stats.loss:.4f}",
+                "gradient": f"{stats.grad_norm:.3f}",
+                "lr": f"{stats.learning_rate:.2e}",
+                "tokens/s": f"{stats.num_tokens / metrics['time/update_s']:.0f}",
+            }
+        )
+
+
+def _save(run: Pretraining) -> PretrainState:
+    state = run.state
+    run.checkpoints.save(state.step, run.policy, {"step": state.step, "documents": state.documents})
+    return state

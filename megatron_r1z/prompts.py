@@ -1,0 +1,262 @@
+"""Questions: their files, the templates that put them to the model, and the resumable order in which they are drawn.
+
+Standard library only; transformers and pyarrow are imported where a tokenizer or a Parquet file is opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_r1z.config import DataConfig, QuestionSource
+from megatron_r1z.errors import DataError, MissingExtraError
+from megatron_r1z.order import SeededStream
+from megatron_r1z.rows import Row, iterate_rows
+from megatron_r1z.types import Prompt
+
+PLACEHOLDER = "{question}"
+
+TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "r1": (
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
+        "The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
+        "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\nUser: {question}\nAssistant: <think>",
+        ("</answer>",),
+    ),
+    "qwen_math": (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+        (),
+    ),
+    "no": (PLACEHOLDER, ()),
+}
+"""Text and stop strings of the templates of arXiv 2503.20783, byte for byte; the r1 response starts inside the thought."""
+
+FEW_SHOT_STOP = ("\n",)
+"""The shots answer in one line, so the response ends with it."""
+
+
+class Tokenizer(Protocol):
+    """What this package needs of a transformers tokenizer."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any:
+        """An object whose `input_ids` holds one list of token ids per text."""
+        ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> Any:
+        """The conversation as text, up to where the assistant's turn starts."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row of a question file.
+
+    >>> Question("asdiv/17", "What is 1 + 1?", ("2",), "asdiv").source
+    'asdiv'
+    """
+
+    question_id: str
+    """`<source>/<row>`, the row counted from 0 in the whole file."""
+    problem: str
+    answers: tuple[str, ...]
+    """Any of them is right."""
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How a question is put to the model and where its response ends."""
+
+    name: str
+    stop: tuple[str, ...]
+    """Stop strings, kept in the response."""
+    render: Callable[[str], str]
+    """From the question to the text of the prompt."""
+    add_special_tokens: bool = True
+    """Let the tokenizer add its own (BOS); False where the text holds them already."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """The usable prompts of one question file."""
+
+    name: str
+    prompts: list[Prompt]
+    weight: float
+    num_dropped: int
+    """Questions left out because their prompt is longer than the limit."""
+
+
+class PromptStream(SeededStream[Prompt]):
+    """Prompts of several weighted sources in a seeded order that resumes exactly; `PromptStream([(prompts, weight), ...], seed)`."""
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder in Hugging Face format; never asks the network.
+
+    Raises:
+        DataError: the folder is missing or holds no usable tokenizer.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"there is no model folder {folder}; model.path names a folder in Hugging Face format.")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtraError("reading a tokenizer needs transformers; run `pip install transformers`.") from error
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library raises its own Exception types for a malformed tokenizer.json
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"no tokenizer can be read from {folder}: {first_line.rstrip('.')}.") from error
+
+
+def make_template(config: DataConfig, tokenizer: Tokenizer) -> Template:
+    """The template that `config` asks for; only `chat` looks at the tokenizer.
+
+    Raises:
+        DataError: the shots file or the tokenizer's chat template cannot be used.
+    """
+    if config.template == "chat":
+        return _make_chat_template(config.system_prompt, tokenizer)
+    if config.template == "few_shot":
+        return _make_text_template("few_shot", _load_shots(config.shots_path or ""), FEW_SHOT_STOP)
+    return _make_text_template(config.template, *TEMPLATES[config.template])
+
+
+def _make_text_template(name: str, text: str, stop: tuple[str, ...]) -> Template:
+    # str.format would stumble over the braces of \boxed{}; str.replace does not look into what it has put in
+    return Template(name, stop, lambda question: text.replace(PLACEHOLDER, question))
+
+
+def _make_chat_template(system_prompt: str | None, tokenizer: Tokenizer) -> Template:
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+
+    def render(question: str) -> str:
+        turns = [*system, {"role": "user", "content": question}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    try:
+        render("1 + 1")
+    except Exception as error:  # a missing template raises ValueError, one that refuses system turns raises Jinja's own errors
+        raise DataError(f"template chat: the tokenizer cannot apply its chat template ({' '.join(str(error).split())}).") from error
+    return Template("chat", (), render, add_special_tokens=False)
+
+
+def _load_shots(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the shots file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}.") from error
+    count = text.count(PLACEHOLDER)
+    if count != 1:
+        raise DataError(f"{path} contains {PLACEHOLDER} {count} times; write it exactly once, where the question goes.")
+    return text.removesuffix("\n")  # the newline with which editors end a file is not part of the prompt
+
+
+def load_questions(source: QuestionSource, name: str | None = None) -> list[Question]:
+    """The questions of one file from `offset`, at most `limit`, under the file's stem or `name`.
+
+    Raises:
+        DataError: the file, or a row that is used, is unfit; the message names file, line and what is wrong.
+    """
+    name = name or Path(source.path).stem
+    stop = None if source.limit is None else source.offset + source.limit
+    rows = islice(iterate_rows(source.path), source.offset, stop)
+    questions = [_make_question(row, source, name) for row in rows]
+    if not questions:
+        chosen = f" from row {source.offset}" if source.offset else ""
+        raise DataError(f"{source.path} holds no questions{chosen}" + (" (limit 0)." if source.limit == 0 else "."))
+    return questions
+
+
+def _make_question(row: Row, source: QuestionSource, name: str) -> Question:
+    problem = row.get_text(source.problem_column)
+    return Question(f"{name}/{row.index}", problem, _parse_answers(row, source.answer_column), name)
+
+
+def _parse_answers(row: Row, column: str) -> tuple[str, ...]:
+    value = row.get(column)
+    entries = value if isinstance(value, list) else [value]
+    answers = tuple(_parse_answer(entry, row, column) for entry in entries)
+    if not answers:
+        raise DataError(f"{row.where}: '{column}' is an empty list; remove the row or fill it in.")
+    return answers
+
+
+def _parse_answer(value: Any, row: Row, column: str) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, str | float):
+        raise DataError(f"{row.where}: '{column}' has no answer ({value!r}); remove the row or fill it in.")
+    raise DataError(f"{row.where}: '{column}' must be text, a number or a list of them, not {value!r}.")
+
+
+def make_prompts(
+    questions: Sequence[Question], template: Template, tokenizer: Tokenizer, max_prompt_tokens: int
+) -> tuple[list[Prompt], int]:
+    """Put the questions into the template and tokenise them as vLLM does; return the prompts and how many were too long.
+
+    Special tokens written in the template are parsed.
+    """
+    if not questions:
+        return [], 0
+    texts = [template.render(question.problem) for question in questions]
+    tokenised = tokenizer(texts, add_special_tokens=template.add_special_tokens).input_ids
+    prompts = [
+        Prompt(question.question_id, text, tuple(token_ids), question.answers, question.source)
+        for question, text, token_ids in zip(questions, texts, tokenised, strict=True)
+        if len(token_ids) <= max_prompt_tokens
+    ]
+    return prompts, len(questions) - len(prompts)
+
+
+def load_prompts(config: DataConfig, sources: Sequence[QuestionSource], tokenizer: Tokenizer) -> list[PromptSet]:
+    """The prompts of each of `sources` (training or evaluation) under the template and limit of `config`.
+
+    Raises:
+        DataError: a file is unfit, or all of its prompts are too long.
+    """
+    template = make_template(config, tokenizer)
+    return [
+        _load_prompt_set(source, name, template, tokenizer, config.max_prompt_tokens)
+        for source, name in zip(sources, name_sources(sources), strict=True)
+    ]
+
+
+def _load_prompt_set(source: QuestionSource, name: str, template: Template, tokenizer: Tokenizer, max_prompt_tokens: int) -> PromptSet:
+    questions = load_questions(source, name)
+    prompts, num_dropped = make_prompts(questions, template, tokenizer, max_prompt_tokens)
+    if not prompts:
+        raise DataError(
+            f"{source.path}: all {num_dropped} prompts are longer than data.max_prompt_tokens {max_prompt_tokens} "
+            f"under template {template.name}; raise the limit."
+        )
+    return PromptSet(name, prompts, source.weight, num_dropped)
+
+
+def name_sources(sources: Sequence[QuestionSource]) -> list[str]:
+    """A name for each source: the stem of its file, preceded by as many folders as it takes to tell different files apart."""
+    tails = {source.path: _make_tails(Path(source.path)) for source in sources}
+
+    def choose(path: str) -> str:
+        taken = {tail for other, candidates in tails.items() if other != path for tail in candidates}
+        return next((tail for tail in tails[path] if tail not in taken), path)
+
+    return [choose(source.path) for source in sources]
+
+
+def _make_tails(path: Path) -> list[str]:
+    """`c`, `b-c`, `a-b-c` for a/b/c.jsonl."""
+    parts = path.with_suffix("").parts
+    return ["-".join(parts[-depth:]) for depth in range(1, len(parts) + 1)]

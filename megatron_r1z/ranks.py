@@ -1,0 +1,25 @@
+"""What ranks tell each other outside of tensors: few, small messages over the default process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+
+
+def gather(items: Sequence[Item]) -> list[Item]:
+    """The items of all ranks on every rank, in rank order."""
+    parts: list[list[Item]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when it is true on one of them."""
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)

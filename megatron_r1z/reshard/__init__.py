@@ -1,0 +1,1 @@
+"""Carries out a plan: moves weights between the parameters of ranks."""

@@ -1,0 +1,53 @@
+"""What vLLM needs on a machine without a GPU so that its weights can be rewritten in place and two runs can share the machine.
+
+Written for vLLM 0.32 (`tests/unit/rollout/test_cpu.py` fails when what is relied on moves):
+
+- its CPU linear layers pack their weights at load and empty the parameter; two switches keep them as they are on a GPU, live
+  (measured: 2 % of the speed in float32, 17 % in bfloat16);
+- tensor-parallel CPU engines talk through shared memory whose name comes from the init method, the same for every run on the machine;
+  `RankExecutor` puts the run's port into it, and `supervisor.py` removes what a killed run leaves;
+- chunked prefill and per-request seeds do not go together, and eager mode must not compile its sampler.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+"""The engine lives in the rank's process and says nothing but errors. Read by vLLM and torch at import."""
+
+
+def prepare_engine(max_model_tokens: int) -> dict[str, Any]:
+    """Make this process ready for a CPU engine and return the arguments that only a CPU engine gets; nothing with CUDA.
+
+    Must run before the engine is built.
+    """
+    if torch.cuda.is_available():
+        return {"distributed_executor_backend": "external_launcher"}
+    import vllm._custom_ops
+    import vllm.model_executor.layers.utils
+
+    vllm._custom_ops._supports_onednn = False
+    vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_args, **_kwargs: False
+    return {
+        "distributed_executor_backend": _rank_executor(),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_tokens, 32768),
+        "enforce_eager": True,
+    }
+
+
+def _rank_executor() -> type:
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    class RankExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
+        """vLLM's external-launcher executor under a name of its own: shared memory is called after what follows the last colon."""
+
+        def _distributed_args(self) -> tuple[str, int, int]:
+            method, rank, local_rank = super()._distributed_args()
+            return f"{method}:{os.environ['MASTER_PORT']}", rank, local_rank
+
+    return RankExecutor

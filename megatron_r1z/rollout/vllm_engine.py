@@ -1,0 +1,125 @@
+"""`VllmEngine`: the rollout engine of this rank, one vLLM per `tensor_parallel_size` consecutive ranks.
+
+The engine starts with arbitrary weights: every weight it ever samples with came through a refit, and it refuses to generate before one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_r1z.errors import EngineError
+from megatron_r1z.protocols import Sampling
+from megatron_r1z.rollout.cpu import ENVIRONMENT, prepare_engine
+from megatron_r1z.types import FinishReason, Group, Prompt, Response
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What one engine is built with."""
+
+    model_folder: str
+    """Configuration and tokenizer; its weights are not read."""
+    dtype: str
+    """`fp32` or `bf16`."""
+    rank: int
+    num_ranks: int
+    tensor_parallel_size: int
+    max_model_tokens: int
+    max_concurrent_sequences: int
+    kv_cache_bytes: int
+    seed: int
+
+
+class VllmEngine:
+    """vLLM inside the rank's process. The default process group must exist; other groups of the process are left alone."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._version: int | None = None
+        os.environ.update(ENVIRONMENT)
+        from vllm import LLM
+
+        self._llm = LLM(
+            model=settings.model_folder,
+            load_format="dummy",
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
+            tensor_parallel_size=settings.tensor_parallel_size,
+            max_model_len=settings.max_model_tokens,
+            max_num_seqs=settings.max_concurrent_sequences,
+            kv_cache_memory_bytes=settings.kv_cache_bytes,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            seed=settings.seed,
+            **prepare_engine(settings.max_model_tokens),
+        )
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Sample for this engine's share of `prompts`; return the groups for which this rank answers (see `protocols.Engine`)."""
+        if self._version is None:
+            raise EngineError("the engine has no weights yet; a refit must come before the first rollout.")
+        settings, version = self._settings, self._version
+        engine, tp_rank = divmod(settings.rank, settings.tensor_parallel_size)
+        share = range(engine, len(prompts), settings.num_ranks // settings.tensor_parallel_size)
+        if not share:
+            return []
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(prompts[index].token_ids)} for index in share],
+            [_parameters(prompts[index], sampling) for index in share],
+            use_tqdm=False,
+        )
+        groups = [
+            Group(index, prompts[index], tuple(_response(completion, version) for completion in output.outputs))
+            for index, output in zip(share, outputs, strict=True)
+        ]
+        return groups[tp_rank :: settings.tensor_parallel_size]
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The live parameters of this rank's shard, by vLLM's names."""
+        parameters: dict[str, Tensor] = self._llm.apply_model(lambda model: dict(model.named_parameters()))[0]
+        return parameters
+
+    def set_version(self, policy_version: int) -> None:
+        """Stamp the weights just written and drop the cached keys and values of older ones."""
+        if not self._llm.reset_prefix_cache():
+            raise EngineError(f"the engine could not drop its prefix cache after refit {policy_version}; it is still generating.")
+        self._version = policy_version
+
+
+def _parameters(prompt: Prompt, sampling: Sampling) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=sampling.num_samples,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop) or None,
+        include_stop_str_in_output=True,
+        seed=_seed(sampling.seed, prompt.prompt_id),
+        logprobs=0,
+        flat_logprobs=True,
+    )
+
+
+def _seed(seed: int, prompt_id: str) -> int:
+    """A request's seed, below 2**48 so that vLLM can add the sample's index to it."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{prompt_id}".encode(), digest_size=6).digest(), "big")
+
+
+def _response(completion: Any, version: int) -> Response:
+    """vLLM's `CompletionOutput` as our record; with `logprobs=0` there is one entry per sampled token."""
+    return Response(
+        text=completion.text,
+        token_ids=tuple(completion.token_ids),
+        logprobs=tuple(completion.logprobs.logprobs),
+        finish_reason=FinishReason(completion.finish_reason),
+        policy_version=version,
+    )

@@ -1,0 +1,211 @@
+"""The pool's promises: order kept, hanging and dying tasks contained, nothing outlives its parent.
+
+The functions that workers run stand in this file's text, written to a module that a spawned process can import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1z.errors import R1ZError
+from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
+
+ROOT = Path(__file__).parents[3]
+TASKS = """
+import os, signal, sys, time
+
+def make():
+    return handle
+
+def make_slowly():
+    time.sleep(1.0)
+    return handle
+
+def make_nothing():
+    raise ValueError("no such grammar")
+
+def handle(task):
+    kind, value = task
+    if kind == "echo":
+        return value
+    if kind == "pid":
+        return os.getpid()
+    if kind == "sleep":
+        time.sleep(value)
+        return value
+    if kind == "spin":
+        return 9 ** 9 ** 9 ** 9
+    if kind == "bloat":
+        return len(bytearray(value))
+    if kind == "raise":
+        raise ValueError(value)
+    if kind == "recurse":
+        return handle(task) + 1
+    if kind == "exit":
+        sys.exit(3)
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "modules":
+        return sorted(name for name in ("torch", "vllm", "megatron", "numpy") if name in sys.modules)
+"""
+Pool = WorkerPool[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "r1z_pool_tasks.py").write_text(TASKS, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module("r1z_pool_tasks")
+        sys.modules.pop("r1z_pool_tasks")
+
+
+@pytest.fixture
+def make_pool(tasks: Any) -> Iterator[Callable[..., Pool]]:
+    pools: list[Pool] = []
+
+    def make(num_workers: int = 1, timeout_s: float = 0.5, setup: str = "make", **options: Any) -> Pool:
+        pools.append(WorkerPool(getattr(tasks, setup), num_workers, timeout_s, **options))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def _kinds(outcomes: list[Outcome[Any]]) -> list[str]:
+    return [outcome.kind.value for outcome in outcomes]
+
+
+def test_order_is_kept_and_workers_start_on_demand(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(num_workers=2, timeout_s=30)
+    assert list(pool.worker_pids) == []
+    assert pool.run([]) == []
+    assert list(pool.worker_pids) == []
+    assert [outcome.result for outcome in pool.run([("echo", number) for number in range(200)])] == list(range(200))
+    first = pool.worker_pids
+    assert len(first) == 2
+    pool.run([("echo", 1)] * 3)
+    assert pool.worker_pids == first
+
+
+def test_a_hanging_task_is_killed_and_the_others_are_done(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(num_workers=2, timeout_s=0.5)
+    pool.run([("echo", 0)] * 20)
+    start = time.monotonic()
+    outcomes = pool.run([("spin", 0), *[("echo", number) for number in range(50)]])
+    assert _kinds(outcomes) == ["timeout"] + ["done"] * 50
+    assert [outcome.result for outcome in outcomes[1:]] == list(range(50))
+    assert time.monotonic() - start < 5  # the limit, and room for a busy machine
+
+
+def test_dying_tasks_are_errors_and_the_worker_is_replaced(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(timeout_s=20)
+    outcomes = pool.run([("raise", "why"), ("recurse", 0), ("die", 0), ("exit", 0), ("echo", 7)])
+    assert _kinds(outcomes) == ["error"] * 4 + ["done"]
+    assert outcomes[0].message == "ValueError: why"
+    assert outcomes[1].message.startswith("RecursionError")
+    assert outcomes[2].message == "the worker died"
+    assert outcomes[4].result == 7
+
+
+def test_a_bloated_task_is_an_error(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(timeout_s=20, memory_bytes=512 << 20)
+    assert _kinds(pool.run([("bloat", 1 << 20), ("bloat", 1 << 30), ("echo", 1)])) == ["done", "error", "done"]
+
+
+def test_start_up_time_is_not_on_the_limit_of_a_task(make_pool: Callable[..., Pool]) -> None:
+    assert _kinds(make_pool(timeout_s=0.5, setup="make_slowly").run([("echo", 1)])) == ["done"]
+
+
+def test_a_failing_setup_is_raised_after_a_few_tries(make_pool: Callable[..., Pool]) -> None:
+    with pytest.raises(R1ZError, match="no such grammar"):
+        make_pool(setup="make_nothing").run([("echo", 1)])
+
+
+def test_a_worker_killed_between_runs_is_replaced(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(timeout_s=20)
+    pid = _worker_pid(pool)
+    os.kill(pid, signal.SIGKILL)
+    _until_gone(pid)
+    (outcome,) = pool.run([("pid", 0)])
+    assert outcome.kind is OutcomeKind.DONE
+    assert outcome.result != pid
+
+
+def test_workers_ignore_interrupts_load_nothing_heavy_and_end_on_close(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(timeout_s=20)
+    pid = _worker_pid(pool)
+    os.kill(pid, signal.SIGINT)
+    assert [outcome.result for outcome in pool.run([("pid", 0), ("modules", 0)])] == [pid, []]
+    pool.close()
+    assert not Path(f"/proc/{pid}").exists()
+    assert pool.run([("echo", 4)])[0].result == 4
+
+
+def test_an_interrupted_run_leaves_no_stale_answers(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(timeout_s=20)
+    pool.run([("echo", 0)])
+    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.run([("sleep", 1.0)])
+    interrupt.join()
+    assert pool.worker_pids == ()
+    assert pool.run([("echo", "new")])[0].result == "new"
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_no_worker_outlives_a_killed_parent(tasks: Any, busy: bool, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path[:0] = [{str(ROOT)!r}, {str(Path(tasks.__file__).parent)!r}]
+            from megatron_r1z.grading.pool import WorkerPool
+            import r1z_pool_tasks, time
+            if __name__ == "__main__":
+                pool = WorkerPool(r1z_pool_tasks.make, 1, 60.0)
+                print(pool.run([("pid", 0)])[0].result, flush=True)
+                pool.run([("spin", 0)]) if {busy} else time.sleep(60)
+            """
+        ),
+        encoding="utf-8",
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        time.sleep(0.2)
+        parent.kill()
+    _until_gone(pid)
+
+
+def _worker_pid(pool: Pool) -> int:
+    return int(pool.run([("pid", 0)])[0].result or 0)
+
+
+def _until_gone(pid: int) -> None:
+    """Wait until the process has ended (a zombie has)."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {pid} is still there")

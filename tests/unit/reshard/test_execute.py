@@ -1,0 +1,140 @@
+"""Plans carried out by real gloo ranks, and by one rank without a process group."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_r1z
+from megatron_r1z.errors import RefitError
+from megatron_r1z.layout.blocks import engine_layout, megatron_layout
+from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.layout.plan import make_plan
+from megatron_r1z.layout.topology import Topology
+from megatron_r1z.reshard.execute import execute
+from megatron_r1z.reshard.refit import Refit, check_parameters
+
+SHAPE = ModelShape("qwen2", 2, 16, 4, 2, 4, 24, 70, True, True, False, 1e4, None, 1e-6, 128)
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 311,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def run_ranks(cases: str, num_ranks: int, folder: Path) -> None:
+    worker = Path(__file__).with_name("ranks.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(megatron_r1z.__file__).parents[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), cases, str(rank), str(num_ranks), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+
+
+def test_four_ranks_reshard_refit_and_export(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    run_ranks("execute,refit,export", 4, tmp_path)
+    names = sorted(path.name for path in (tmp_path / "export").iterdir())
+    shards = [name for name in names if name.endswith(".safetensors")]
+    assert names == ["config.json", *shards, "model.safetensors.index.json"]
+    assert shards == [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    assert len(shards) >= 4
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert not list(tmp_path.glob("export.*"))
+
+
+def test_a_rank_that_stays_away_is_named(tmp_path: Path) -> None:
+    run_ranks("late", 2, tmp_path)
+
+
+class ArrayEngine:
+    def __init__(self, live: dict[str, torch.Tensor]) -> None:
+        self.live, self.version = live, -1
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return self.live
+
+    def set_version(self, policy_version: int) -> None:
+        self.version = policy_version
+
+
+def single_rank() -> tuple[dict[str, torch.Tensor], ArrayEngine, Refit]:
+    source, destination = megatron_layout(SHAPE, Topology(1), 32), engine_layout(SHAPE, 1, 1)
+    weights = {name: torch.randn(size, requires_grad=True) for name, size in source.parameters[0].items()}
+    engine = ArrayEngine({name: torch.zeros(size) for name, size in destination.parameters[0].items()})
+    return weights, engine, Refit(make_plan(source, destination, 4), 0, lambda: weights, engine, torch.float32)  # type: ignore[arg-type]
+
+
+def test_refit_without_a_process_group() -> None:
+    weights, engine, refit = single_rank()
+    receipt = refit(policy_version=1)
+    assert receipt.policy_version == engine.version == 1
+    assert receipt.seconds > 0
+    embedding = weights["chunks.0.embedding.word_embeddings.weight"]
+    assert torch.equal(engine.live["model.embed_tokens.weight"][:70], embedding[:70])
+    assert receipt.nbytes == sum(tensor.numel() for tensor in engine.live.values()) * 4 - (128 - 70) * 16 * 4
+
+
+def test_a_parameter_that_the_optimizer_replaced_is_found() -> None:
+    weights, engine, refit = single_rank()
+    weights["chunks.0.decoder.final_layernorm.weight"] = torch.full((16,), 3.0)
+    refit(policy_version=1)
+    assert torch.equal(engine.live["model.norm.weight"], torch.full((16,), 3.0))
+
+
+def test_construction_compares_parameters_with_the_plan() -> None:
+    source, destination = megatron_layout(SHAPE, Topology(1), 32), engine_layout(SHAPE, 1, 1)
+    plan = make_plan(source, destination, 4)
+    weights = {name: torch.zeros(size) for name, size in source.parameters[0].items()}
+    live = {name: torch.zeros(size) for name, size in destination.parameters[0].items()}
+
+    def build(live: dict[str, torch.Tensor]) -> Refit:
+        return Refit(plan, 0, lambda: weights, ArrayEngine(live), torch.float32)  # type: ignore[arg-type]
+
+    build(live)
+    with pytest.raises(RefitError, match=r"engine has no parameter model.norm.weight"):
+        build({name: tensor for name, tensor in live.items() if name != "model.norm.weight"})
+    with pytest.raises(RefitError, match=r"engine parameter model.norm.weight has shape \[3\]; the layout says \[16\]"):
+        build({**live, "model.norm.weight": torch.zeros(3)})
+    with pytest.raises(RefitError, match=r"engine parameter extra is not in the layout"):
+        build({**live, "extra": torch.zeros(3)})
+    with pytest.raises(RefitError, match=r"model.norm.weight is torch.bfloat16, planned as torch.float32"):
+        build({**live, "model.norm.weight": torch.zeros(16, dtype=torch.bfloat16)})
+    with pytest.raises(RefitError, match=r"the policy has no parameter"):
+        check_parameters("policy", 0, source.parameters[0], {})
+
+
+def test_local_copies_convert() -> None:
+    source = megatron_layout(SHAPE, Topology(1), 1)
+    weights = {name: torch.randn(size) for name, size in source.parameters[0].items()}
+    copied = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in source.parameters[0].items()}
+    nbytes = execute(make_plan(source, source, 2).of_rank(0), weights, copied, dtype=torch.bfloat16)
+    assert all(torch.equal(copied[name], weights[name].bfloat16()) for name in weights)
+    assert nbytes == 2 * sum(tensor.numel() for tensor in weights.values())

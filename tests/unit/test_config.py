@@ -1,0 +1,278 @@
+"""Configurations: what is read, what is refused and with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_r1z.config import (
+    AlgorithmConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PretrainConfig,
+    QuestionSource,
+    RolloutConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+    make_config,
+    to_tree,
+)
+from megatron_r1z.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+TRAIN: dict[str, Any] = {
+    "model": {"path": "model"},
+    "data": {"train": [{"path": "questions.jsonl"}]},
+    "algorithm": {"iterations": 3},
+    "logging": {"folder": "runs/x"},
+}
+PRETRAIN: dict[str, Any] = {
+    "model": {"path": "model", "random_init": True},
+    "corpus": {"path": "corpus.jsonl", "steps": 10},
+    "logging": {"folder": "runs/x"},
+}
+
+
+def write(folder: Path, tree: Any) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def train(folder: Path, *overrides: str) -> TrainConfig:
+    """The smallest training configuration with overrides."""
+    return load_config(TrainConfig, write(folder, TRAIN), overrides)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_a_minimal_file_gets_the_defaults(tmp_path: Path) -> None:
+    config = train(tmp_path)
+    assert config.rollout == RolloutConfig()
+    assert config.data.train == (QuestionSource(path="questions.jsonl"),)
+    assert config.max_model_tokens == 1024 + 3000
+
+
+@pytest.mark.parametrize(("kind", "tree"), [(TrainConfig, TRAIN), (PretrainConfig, PRETRAIN)])
+def test_a_dump_reads_back_as_the_same_configuration(kind: Any, tree: dict[str, Any], tmp_path: Path) -> None:
+    config = load_config(kind, write(tmp_path, tree), ["parallel.num_ranks=2", "optimizer.lr=3e-7", "logging.folder='10: #x'"])
+    text = dump_config(config)
+    assert load_config(kind, write(tmp_path, text)) == config
+    assert make_config(kind, to_tree(config)) == config
+
+
+def test_a_dump_notes_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    lines = dump_config(train(tmp_path, "rollout.seed=7", "algorithm.name=grpo")).splitlines()
+    assert "  seed: 7  # default: 0" in lines
+    assert "  name: grpo  # default: drgrpo" in lines
+    assert [line for line in lines if "# default" in line] == ["  name: grpo  # default: drgrpo", "  seed: 7  # default: 0"]
+
+
+@given(
+    lr=st.floats(min_value=1e-12, max_value=1.0),
+    betas=st.tuples(st.floats(0.0, 0.999), st.floats(0.0, 0.999)),
+    stop=st.none() | st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=3),
+    path=st.text(st.characters(codec="utf-8"), min_size=1),
+)
+def test_any_values_survive_the_round_trip(lr: float, betas: tuple[float, float], stop: list[str] | None, path: str) -> None:
+    config = make_config(
+        TrainConfig, TRAIN | {"optimizer": {"lr": lr, "betas": list(betas)}, "rollout": {"stop": stop}, "model": {"path": path}}
+    )
+    assert make_config(TrainConfig, yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_of_the_repository_are_accepted(path: Path) -> None:
+    kind: Any = PretrainConfig if "corpus" in yaml.safe_load(path.read_text(encoding="utf-8")) else TrainConfig
+    config = load_config(kind, path)
+    assert make_config(kind, yaml.safe_load(dump_config(config))) == config
+
+
+def test_records_are_frozen(tmp_path: Path) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        train(tmp_path).model.path = "other"  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------------------------------- YAML 1.1 traps
+
+
+@pytest.mark.parametrize("value", ["1e-6", "1.0e-6", "0.000001", "1E-6"])
+def test_a_number_without_a_point_is_a_number(value: str, tmp_path: Path) -> None:
+    assert train(tmp_path, f"optimizer.lr={value}").optimizer.lr == 1e-6
+    assert load_config(TrainConfig, write(tmp_path, yaml.safe_dump(TRAIN) + f"optimizer:\n  lr: {value}\n")).optimizer.lr == 1e-6
+
+
+def test_a_bare_no_is_the_template_of_that_name(tmp_path: Path) -> None:
+    assert train(tmp_path, "data.template=no").data.template == "no"
+    assert load_config(TrainConfig, write(tmp_path, dump_config(train(tmp_path, "data.template=no")))).data.template == "no"
+
+
+def test_whole_numbers_become_floats_but_not_the_reverse(tmp_path: Path) -> None:
+    temperature = train(tmp_path, "rollout.temperature=1").rollout.temperature
+    assert (temperature, type(temperature)) == (1.0, float)
+    with pytest.raises(ConfigError, match=r"^rollout.seed must be of type int, not 1.0\.$"):
+        train(tmp_path, "rollout.seed=1.0")
+
+
+# ------------------------------------------------------------------------------------------------------------------------ overrides
+
+
+def test_overrides_set_values_lists_entries_of_lists_and_nothing(tmp_path: Path) -> None:
+    config = train(
+        tmp_path,
+        "rollout.stop=['</answer>', 'a=b']",
+        "optimizer.betas=[0.8, 0.99]",
+        "data.train.0.weight=2",
+        "checkpoint.resume=false",
+        "evaluation.sets=[{path: a.jsonl, limit: 5}]",
+        "evaluation.sets.0.limit=null",
+        "logging.folder=runs/a=b",
+    )
+    assert config.rollout.stop == ("</answer>", "a=b")
+    assert config.optimizer.betas == (0.8, 0.99)
+    assert config.data.train[0].weight == 2.0
+    assert config.checkpoint.resume is False
+    assert config.evaluation.sets == (QuestionSource(path="a.jsonl"),)
+    assert config.logging.folder == "runs/a=b"
+
+
+def test_the_last_override_of_a_field_holds(tmp_path: Path) -> None:
+    assert train(tmp_path, "rollout.seed=1", "rollout.seed=2").rollout.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("rollout.seed", "'rollout.seed' is not an override; write section.field=value."),
+        ("=3", "'=3' is not an override; write section.field=value."),
+        ("rollout.sead=1", "unknown key 'rollout.sead'; did you mean 'rollout.seed'?"),
+        ("rolout.seed=1", "unknown key 'rolout'; did you mean 'rollout'?"),
+        ("model.path.x=1", "override model.path.x: 'path' is a value, not a section."),
+        ("data.train.1.weight=1", "override data.train.1.weight: '1' is not the number of one of 1 entries (from 0)."),
+        ("data.train.x=1", "override data.train.x: 'x' is not the number of one of 1 entries (from 0)."),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(tmp_path, override)
+    assert str(caught.value) == sentence
+
+
+# -------------------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["rollout.samples_per_promt=4"], "unknown key 'rollout.samples_per_promt'; did you mean 'rollout.samples_per_prompt'?"),
+        (["data.train.0.problem_colum=x"], "unknown key 'data.train.0.problem_colum'; did you mean 'data.train.0.problem_column'?"),
+        (["model={}"], "'model.path' is missing; it has no default."),
+        (["model=3"], "model must be a section of fields, not 3."),
+        (["model.path=3"], "model.path must be of type str, not 3."),
+        (["rollout.seed=true"], "rollout.seed must be of type int, not True."),
+        (["rollout.temperature=warm"], "rollout.temperature must be of type float, not 'warm'."),
+        (["checkpoint.resume=1"], "checkpoint.resume must be of type bool, not 1."),
+        (["data.train={}"], "data.train must be a list, not {}."),
+        (["optimizer.betas=[0.9]"], "optimizer.betas needs 2 entries, not 1."),
+        (["algorithm.name=ppo"], "algorithm.name is 'ppo'; it must be one of drgrpo, grpo, rloo, token_mean."),
+        (["precision.policy=fp16"], "precision.policy is 'fp16'; it must be one of fp32, bf16."),
+        (
+            ["parallel.num_ranks=6", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"],
+            "parallel: 6 ranks cannot be split into tensor_parallel_size 2 x pipeline_parallel_size 2; make num_ranks a multiple of 4.",
+        ),
+        (["parallel.virtual_pipeline_size=2"], "parallel: virtual_pipeline_size > 1 needs pipeline_parallel_size > 1."),
+        (["parallel.sequence_parallel=true"], "parallel: sequence_parallel needs tensor_parallel_size > 1."),
+        (["parallel.num_ranks=0"], "parallel.num_ranks is 0; it must be above 0."),
+        (["data.train.0.weight=0"], "data: weight of questions.jsonl is 0.0; it must be above 0."),
+        (["data.train=[]"], "data.train is empty; give at least one question file."),
+        (["data.template=few_shot"], "data: template few_shot and shots_path go together; set both or neither."),
+        (["data.shots_path=shots.txt"], "data: template few_shot and shots_path go together; set both or neither."),
+        (["data.max_prompt_tokens=-1"], "data.max_prompt_tokens is -1; it must be above 0."),
+        (
+            ["rollout.temperature=0"],
+            "rollout.temperature is 0.0; training needs a distribution, so it must be above 0 "
+            "(evaluation has its own temperature, which may be 0).",
+        ),
+        (["rollout.top_p=1.5"], "rollout.top_p is 1.5; it must be above 0 and at most 1."),
+        (["rollout.top_p=0"], "rollout.top_p is 0.0; it must be above 0 and at most 1."),
+        (["rollout.samples_per_prompt=0"], "rollout.samples_per_prompt is 0; it must be above 0."),
+        (["grading.timeout_s=0"], "grading.timeout_s is 0.0; it must be above 0."),
+        (["algorithm.iterations=0"], "algorithm.iterations is 0; it must be above 0."),
+        (["algorithm.clip_low=1"], "algorithm: clip_low 1.0 must be in (0, 1) and clip_high 0.2 above 0."),
+        (["algorithm.clip_high=0"], "algorithm: clip_low 0.2 must be in (0, 1) and clip_high 0.0 above 0."),
+        (["optimizer.lr=0"], "optimizer.lr is 0.0; it must be above 0."),
+        (["optimizer.schedule=cosine"], "optimizer: schedule cosine needs decay_steps."),
+        (["checkpoint.every=0"], "checkpoint.every is 0; it must be above 0."),
+        (["evaluation.samples=0"], "evaluation.samples is 0; it must be above 0."),
+        (
+            ["parallel.num_ranks=4", "rollout.tensor_parallel_size=3"],
+            "rollout.tensor_parallel_size 3 does not divide the 4 ranks; engines are made of consecutive ranks.",
+        ),
+        (
+            ["rollout.prompts_per_iteration=10", "rollout.samples_per_prompt=6", "algorithm.train_batch_size=32"],
+            "algorithm.train_batch_size 32 does not divide the 60 samples of an iteration (10 prompts x 6); "
+            "the largest that does below it is 30.",
+        ),
+        (
+            ["algorithm.name=grpo", "rollout.samples_per_prompt=1"],
+            "algorithm.name grpo compares the samples of a prompt; samples_per_prompt must be at least 2.",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused_with_its_numbers(overrides: list[str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(tmp_path, *overrides)
+    assert str(caught.value) == sentence
+
+
+def test_a_corpus_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^corpus.steps is 0; it must be above 0\.$"):
+        load_config(PretrainConfig, write(tmp_path, PRETRAIN), ["corpus.steps=0"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("- a\n- b\n", "must hold sections such as 'model:' and 'data:'."),
+        ("", "must hold sections such as 'model:' and 'data:'."),
+        ("model: [\n", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(text: str, sentence: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path)
+    assert str(path) in str(caught.value)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^cannot read the configuration .*none\.yaml: No such file or directory\.$"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------------------- derived numbers
+
+
+def test_derived_numbers() -> None:
+    assert ParallelConfig(num_ranks=8, tensor_parallel_size=2, pipeline_parallel_size=4).model_parallel_size == 8
+    assert RolloutConfig(prompts_per_iteration=3, samples_per_prompt=5).samples_per_iteration == 15
+
+
+def test_the_paper_s_numbers_are_the_defaults() -> None:
+    """The recipe of arXiv 2503.20783: 128 questions x 8 samples, budget 3000, temperature 1, batch 128, learning rate 1e-6 throughout."""
+    rollout, algorithm, optimizer = RolloutConfig(), AlgorithmConfig(iterations=1), OptimizerConfig()
+    assert (rollout.prompts_per_iteration, rollout.samples_per_prompt, rollout.max_response_tokens) == (128, 8, 3000)
+    assert (rollout.temperature, algorithm.name, algorithm.train_batch_size) == (1.0, "drgrpo", 128)
+    assert (optimizer.lr, optimizer.schedule) == (1e-6, "constant")

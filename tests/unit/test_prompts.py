@@ -1,0 +1,261 @@
+"""Question files, templates and prompts."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1z.config import DataConfig, QuestionSource
+from megatron_r1z.errors import DataError
+from megatron_r1z.prompts import (
+    FEW_SHOT_STOP,
+    TEMPLATES,
+    PromptStream,
+    Question,
+    load_prompts,
+    load_questions,
+    load_tokenizer,
+    make_prompts,
+    make_template,
+    name_sources,
+)
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the question sets are not at {SHARED}")
+
+SHA256 = {
+    "r1": "56213732da87e12ace60a2b88a16df0af18280fb0563a957cbecc938a6a2ac0e",
+    "qwen_math": "18573f432dabf242e42a91807e54bc60f5d513fe596a741aa5a81c7ff4a9f712",
+    "no": "bf085a6e12c9d0e23a9dd157df084f933b2ef021caba82def1494bfb84a723c9",
+}
+
+
+@dataclass
+class Encoding:
+    input_ids: list[list[int]]
+
+
+class ByteTokenizer:
+    """One token per byte, behind a BOS of its own."""
+
+    eos_token_id: int | None = 1
+    bos = 2
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Encoding:
+        start = [self.bos] if add_special_tokens else []
+        return Encoding([[*start, *entry.encode()] for entry in text])
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize
+        assert add_generation_prompt
+        return "".join(f"[{turn['role']}]{turn['content']}" for turn in conversation) + "[assistant]"
+
+
+class NoChatTokenizer(ByteTokenizer):
+    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+        raise ValueError("there is no chat template")
+
+
+def make_config(**fields: Any) -> DataConfig:
+    return DataConfig(train=(QuestionSource(path="unused.jsonl"),), **fields)
+
+
+def write_rows(path: Path, rows: list[Any]) -> QuestionSource:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return QuestionSource(path=str(path))
+
+
+class TestTemplates:
+    @pytest.mark.parametrize("name", SHA256)
+    def test_the_papers_bytes(self, name: str) -> None:
+        assert hashlib.sha256(TEMPLATES[name][0].encode()).hexdigest() == SHA256[name]
+
+    @pytest.mark.parametrize(("name", "stop"), [("r1", ("</answer>",)), ("qwen_math", ()), ("no", ())])
+    def test_stop_strings(self, name: Any, stop: tuple[str, ...]) -> None:
+        assert make_template(make_config(template=name), ByteTokenizer()).stop == stop
+
+    @pytest.mark.parametrize("question", ["1 + 1?", r"\frac{1}{2} {0} {} {question} %s", "", "two\nlines"])
+    @pytest.mark.parametrize("name", SHA256)
+    def test_the_question_goes_in_unread(self, name: Any, question: str) -> None:
+        before, after = TEMPLATES[name][0].split("{question}")
+        assert make_template(make_config(template=name), ByteTokenizer()).render(question) == before + question + after
+
+    def test_shots_come_first_and_the_line_ends_the_answer(self, tmp_path: Path) -> None:
+        shots = tmp_path / "shots.txt"
+        shots.write_text("Q: 1 {+} 1\nA: 2\n\nQ: {question}\nA:\n")
+        template = make_template(make_config(template="few_shot", shots_path=str(shots)), ByteTokenizer())
+        assert template.render("2 + 2") == "Q: 1 {+} 1\nA: 2\n\nQ: 2 + 2\nA:"
+        assert template.stop == FEW_SHOT_STOP
+
+    @pytest.mark.parametrize(("text", "count"), [("Q:\nA:", 0), ("{question}{question}", 2)])
+    def test_shots_hold_the_question_once(self, tmp_path: Path, text: str, count: int) -> None:
+        shots = tmp_path / "shots.txt"
+        shots.write_text(text)
+        with pytest.raises(DataError, match=f"contains {{question}} {count} times"):
+            make_template(make_config(template="few_shot", shots_path=str(shots)), ByteTokenizer())
+
+    def test_missing_shots(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"cannot read the shots file .*: No such file"):
+            make_template(make_config(template="few_shot", shots_path=str(tmp_path / "none.txt")), ByteTokenizer())
+
+    @pytest.mark.parametrize(("system", "text"), [(None, "[user]2 + 2[assistant]"), ("Box it.", "[system]Box it.[user]2 + 2[assistant]")])
+    def test_chat(self, system: str | None, text: str) -> None:
+        template = make_template(make_config(template="chat", system_prompt=system), ByteTokenizer())
+        assert template.render("2 + 2") == text
+        assert template.stop == ()
+        assert not template.add_special_tokens
+
+    def test_a_tokenizer_without_chat_template(self) -> None:
+        with pytest.raises(DataError, match="cannot apply its chat template"):
+            make_template(make_config(template="chat"), NoChatTokenizer())
+
+
+class TestQuestions:
+    def test_rows_of_jsonl(self, tmp_path: Path) -> None:
+        source = write_rows(tmp_path / "sums.jsonl", [{"problem": "1 + 1", "answer": "2"}, "", {"problem": "2 + 2", "answer": "4", "x": 1}])
+        assert load_questions(source) == [Question("sums/0", "1 + 1", ("2",), "sums"), Question("sums/1", "2 + 2", ("4",), "sums")]
+
+    def test_rows_of_parquet(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        path = tmp_path / "sums.parquet"
+        parquet.write_table(pyarrow.table({"prompt": ["1 + 1", "2 + 2"], "solution": [["2", "two"], ["4"]]}), path)
+        source = QuestionSource(path=str(path), problem_column="prompt", answer_column="solution", offset=1)
+        assert load_questions(source) == [Question("sums/1", "2 + 2", ("4",), "sums")]
+        with pytest.raises(DataError, match=r"sums.parquet: row 0: no column 'problem'; the columns are 'prompt', 'solution'\."):
+            load_questions(QuestionSource(path=str(path)))
+
+    @pytest.mark.parametrize(
+        ("answer", "answers"),
+        [("7", ("7",)), (7, ("7",)), (142.0, ("142.0",)), (["1", 2], ("1", "2")), ("025", ("025",)), ("a\n", ("a\n",))],
+    )
+    def test_answers(self, tmp_path: Path, answer: Any, answers: tuple[str, ...]) -> None:
+        assert load_questions(write_rows(tmp_path / "q.jsonl", [{"problem": "p", "answer": answer}]))[0].answers == answers
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ('{"problem": "p",', "not valid JSON"),
+            ("[1]", "must be a JSON object, not list"),
+            ({"question": "p", "answer": "1"}, "no column 'problem'; the columns are 'question', 'answer'"),
+            ({"problem": "p"}, "no column 'answer'; the columns are 'problem'"),
+            ({"problem": " ", "answer": "1"}, "'problem' is empty"),
+            ({"problem": 3, "answer": "1"}, "'problem' must be text, not 3"),
+            ({"problem": "p", "answer": ""}, "'answer' has no answer"),
+            ({"problem": "p", "answer": None}, "'answer' has no answer"),
+            ({"problem": "p", "answer": []}, "'answer' is an empty list"),
+            ({"problem": "p", "answer": ["1", ""]}, "'answer' has no answer"),
+            ('{"problem": "p", "answer": NaN}', "'answer' has no answer"),
+            ({"problem": "p", "answer": True}, "'answer' must be text, a number or a list"),
+            ({"problem": "p", "answer": {"a": 1}}, "'answer' must be text, a number or a list"),
+        ],
+    )
+    def test_a_bad_row_is_named(self, tmp_path: Path, row: Any, message: str) -> None:
+        source = write_rows(tmp_path / "q.jsonl", [{"problem": "p", "answer": "1"}, row])
+        with pytest.raises(DataError, match=r"q\.jsonl:2: ") as caught:
+            load_questions(source)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_bytes_that_are_not_text(self, tmp_path: Path) -> None:
+        path = tmp_path / "q.jsonl"
+        path.write_bytes(b'{"problem": "\xff"}\n')
+        with pytest.raises(DataError, match=r"q\.jsonl:1: not UTF-8"):
+            load_questions(QuestionSource(path=str(path)))
+
+    def test_offset_and_limit(self, tmp_path: Path) -> None:
+        path = tmp_path / "q.jsonl"
+        write_rows(path, [{"problem": f"p{index}", "answer": index} for index in range(10)])
+        chosen = load_questions(QuestionSource(path=str(path), offset=3, limit=2))
+        assert [question.question_id for question in chosen] == ["q/3", "q/4"]
+        with pytest.raises(DataError, match="holds no questions from row 10"):
+            load_questions(QuestionSource(path=str(path), offset=10))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("empty.jsonl", r"empty\.jsonl holds no questions\."),
+            ("missing.jsonl", r"there is no file .*missing\.jsonl"),
+            ("table.csv", r"cannot tell the format of .*table\.csv; use a file that ends in \.jsonl or \.parquet"),
+        ],
+    )
+    def test_unusable_files(self, tmp_path: Path, name: str, message: str) -> None:
+        (tmp_path / "empty.jsonl").touch()
+        with pytest.raises(DataError, match=message):
+            load_questions(QuestionSource(path=str(tmp_path / name)))
+
+    def test_a_broken_parquet_file(self, tmp_path: Path) -> None:
+        pytest.importorskip("pyarrow")
+        (tmp_path / "q.parquet").write_bytes(b"not parquet")
+        with pytest.raises(DataError, match="not a readable Parquet file"):
+            load_questions(QuestionSource(path=str(tmp_path / "q.parquet")))
+
+    @needs_shared
+    @pytest.mark.parametrize(("path", "count"), [("eval/math.jsonl", 500), ("eval/aime.jsonl", 30), ("train/asdiv_2k.jsonl", 1788)])
+    def test_the_papers_sets(self, path: str, count: int) -> None:
+        assert len(load_questions(QuestionSource(path=str(SHARED / path)))) == count
+
+    @needs_shared
+    def test_several_answers(self) -> None:
+        questions = load_questions(QuestionSource(path=str(SHARED / "eval/minerva.jsonl"), answer_column="answers"))
+        assert sorted({len(question.answers) for question in questions}) == [1, 2, 3]
+
+
+class TestPrompts:
+    QUESTIONS = (Question("q/0", "1 + 1", ("2",), "q"), Question("q/1", "a much longer question", ("3",), "q"))
+
+    def test_the_tokenizer_adds_its_own_special_tokens(self) -> None:
+        template = make_template(make_config(template="no"), ByteTokenizer())
+        prompts, num_dropped = make_prompts(self.QUESTIONS, template, ByteTokenizer(), 100)
+        assert num_dropped == 0
+        assert prompts[0].token_ids == (ByteTokenizer.bos, *b"1 + 1")
+        assert (prompts[0].prompt_id, prompts[0].text, prompts[0].answers, prompts[0].source) == ("q/0", "1 + 1", ("2",), "q")
+
+    def test_except_where_the_chat_template_wrote_them(self) -> None:
+        template = make_template(make_config(template="chat"), ByteTokenizer())
+        prompts, _ = make_prompts(self.QUESTIONS, template, ByteTokenizer(), 100)
+        assert prompts[0].token_ids == tuple(b"[user]1 + 1[assistant]")
+
+    def test_long_prompts_are_dropped_and_counted(self) -> None:
+        template = make_template(make_config(template="no"), ByteTokenizer())
+        kept, num_dropped = make_prompts(self.QUESTIONS, template, ByteTokenizer(), 6)
+        assert [prompt.prompt_id for prompt in kept] == ["q/0"]
+        assert num_dropped == 1
+        assert make_prompts(self.QUESTIONS, template, ByteTokenizer(), 5) == ([], 2)
+        assert make_prompts((), template, ByteTokenizer(), 5) == ([], 0)
+
+    def test_sets_keep_their_weight_and_count(self, tmp_path: Path) -> None:
+        write_rows(tmp_path / "a.jsonl", [{"problem": "p", "answer": "1"}, {"problem": "p" * 50, "answer": "1"}])
+        write_rows(tmp_path / "b.jsonl", [{"problem": "p", "answer": "1"}])
+        sources = (QuestionSource(path=str(tmp_path / "a.jsonl"), weight=3.0), QuestionSource(path=str(tmp_path / "b.jsonl")))
+        sets = load_prompts(make_config(template="no", max_prompt_tokens=10), sources, ByteTokenizer())
+        assert [(entry.name, len(entry.prompts), entry.weight, entry.num_dropped) for entry in sets] == [("a", 1, 3.0, 1), ("b", 1, 1.0, 0)]
+        stream = PromptStream([(entry.prompts, entry.weight) for entry in sets], seed=0)
+        assert {prompt.prompt_id for prompt in stream.draw(20)} == {"a/0", "b/0"}
+
+    def test_a_set_of_long_prompts_only_is_refused(self, tmp_path: Path) -> None:
+        source = write_rows(tmp_path / "a.jsonl", [{"problem": "p" * 50, "answer": "1"}] * 3)
+        with pytest.raises(DataError, match=r"all 3 prompts are longer than data\.max_prompt_tokens 10 under template no"):
+            load_prompts(make_config(template="no", max_prompt_tokens=10), (source,), ByteTokenizer())
+
+    def test_files_of_the_same_name_get_different_names(self) -> None:
+        paths = ["data/gsm/train.jsonl", "data/math/train.jsonl", "data/math/test.parquet", "data/math/train.jsonl"]
+        assert name_sources([QuestionSource(path=path) for path in paths]) == ["gsm-train", "math-train", "test", "math-train"]
+
+
+class TestTokenizer:
+    def test_a_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="there is no model folder"):
+            load_tokenizer(tmp_path / "none")
+
+    @pytest.mark.parametrize("content", [None, "{", "{}"])
+    def test_a_folder_without_a_usable_tokenizer(self, tmp_path: Path, content: str | None) -> None:
+        pytest.importorskip("transformers")
+        if content is not None:
+            (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(DataError, match="no tokenizer can be read from") as caught:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(caught.value)

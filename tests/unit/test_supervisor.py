@@ -1,0 +1,297 @@
+"""How runs end. Every run is a process of its own, its ranks are small scripts, and what is looked at is what a user sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from megatron_r1z import supervisor
+from megatron_r1z.errors import ConfigError, EngineError
+
+PRELUDE = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from megatron_r1z import errors
+from megatron_r1z.supervisor import STOPPED, StopFlag, rank_entry
+rank = int(os.environ["RANK"])
+"""
+
+HOST = """
+import sys
+from pathlib import Path
+from megatron_r1z.supervisor import Patience, run_ranks
+script, num_ranks, stop_s, death_s, errors = sys.argv[1:]
+sys.exit(run_ranks(
+    int(num_ranks), 1, ["argument"], command=[sys.executable, script],
+    patience=Patience(after_stop_s=float(stop_s), after_death_s=float(death_s)), error_folder=Path(errors) if errors else None,
+))
+"""
+
+UNTIL_STOPPED = """
+    def main():
+        flag = StopFlag().install()
+        Path(f"ready_{rank}").touch()
+        while not flag.requested:
+            time.sleep(0.02)
+        Path(f"saved_{rank}").touch()
+        return STOPPED
+    sys.exit(rank_entry(main))
+"""
+
+
+class Run:
+    """A supervisor at work on ranks that run `script`, in a folder of its own."""
+
+    def __init__(self, folder: Path, script: str, *, num_ranks: int = 2, stop_s: float = 300, death_s: float = 1, errors: str = "") -> None:
+        (folder / "rank.py").write_text(PRELUDE + textwrap.dedent(script), encoding="utf-8")
+        self.folder = folder
+        self.start = time.monotonic()
+        environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOST, "rank.py", str(num_ranks), str(stop_s), str(death_s), errors],
+            cwd=folder,
+            env={**environment, "PYTHONPATH": str(Path(supervisor.__file__).parents[1]), "TMPDIR": str(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, *names: str) -> None:
+        """Until the ranks have made these files."""
+        deadline = time.monotonic() + 20
+        while not all((self.folder / name).exists() for name in names):
+            assert time.monotonic() < deadline, f"no {names}: {self.process.poll()}"
+            time.sleep(0.02)
+
+    def end(self) -> SimpleNamespace:
+        """Wait for the supervisor; return status, what it printed and what is left of its processes."""
+        out, err = self.process.communicate(timeout=50)
+        return SimpleNamespace(
+            status=self.process.returncode, out=out, err=err, left=self.processes(), seconds=time.monotonic() - self.start
+        )
+
+    def processes(self) -> list[int]:
+        """Processes that run in the folder of this run."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(self.folder):
+                    found.append(process.pid)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def start(script: str, **options: object) -> Run:
+        runs.append(Run(tmp_path, script, **options))  # type: ignore[arg-type]
+        return runs[-1]
+
+    yield start
+    for started in runs:
+        for process_id in started.processes():
+            os.kill(process_id, signal.SIGKILL)
+        started.process.communicate()
+
+
+def test_all_ranks_succeed_in_the_environment_of_torchrun(run: Callable[..., Run]) -> None:
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
+    result = run(f"""
+        line = " ".join(os.environ[name] for name in {names}) + " " + " ".join(sys.argv[1:])
+        sys.exit(rank_entry(lambda: os.write(1, line.encode() + b"\\n") * 0))
+    """).end()
+    assert (result.status, result.err, result.left) == (0, "", [])
+    lines = sorted(result.out.splitlines())
+    ports = {line.split()[5] for line in lines}
+    assert len(ports) == 1
+    assert [line.replace(*ports, "PORT") for line in lines] == [f"{rank} {rank} 2 2 127.0.0.1 PORT 1 argument" for rank in (0, 1)]
+
+
+def test_an_error_is_one_sentence_with_its_rank(run: Callable[..., Run]) -> None:
+    result = run("""
+        def main():
+            if rank == 1:
+                raise errors.EngineError("the engine died;\\n  look at its log.")
+            time.sleep(1000)
+        sys.exit(rank_entry(main))
+    """).end()
+    assert (result.status, result.out, result.left) == (1, "", [])
+    assert result.err == "rank 1: the engine died; look at its log.\n"
+
+
+def test_a_usage_error_has_status_2(run: Callable[..., Run]) -> None:
+    result = run("""
+        def main():
+            raise errors.ConfigError("no such model.")
+        sys.exit(rank_entry(main))
+    """).end()
+    assert result.status == 2
+    assert re.fullmatch(r"rank [01]: no such model\.\n", result.err)
+
+
+def test_a_bug_leaves_its_traceback_in_the_error_folder(run: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "errors").mkdir()
+    (tmp_path / "errors" / "rank_0.json").write_text("of an earlier run")
+    script = "sys.exit(rank_entry(lambda: 0 // rank))"
+    result = run(script, errors="errors").end()
+    assert result.status == 1
+    assert (
+        result.err == f"rank 0: ZeroDivisionError: integer division or modulo by zero (the traceback is in {Path('errors/rank_0.txt')})\n"
+    )
+    assert "0 // rank" in (tmp_path / "errors" / "rank_0.txt").read_text()
+
+
+def test_a_rank_that_was_killed_is_named_and_takes_the_others_with_it(run: Callable[..., Run]) -> None:
+    """Rank 0 is stuck where no signal but SIGKILL helps, has a helper, and the error of rank 2 is only a consequence."""
+    result = run(
+        """
+        if rank == 0:
+            subprocess.Popen(["sleep", "1000"], start_new_session=True)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            Path("ready_0").touch()
+            time.sleep(1000)
+        while not Path("ready_0").exists():
+            time.sleep(0.02)
+        if rank == 1:
+            Path("dead_1").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        def main():
+            while not Path("dead_1").exists():
+                time.sleep(0.001)
+            time.sleep(0.1)
+            raise RuntimeError("Connection closed by peer")
+        sys.exit(rank_entry(main))
+        """,
+        num_ranks=3,
+    ).end()
+    assert (result.status, result.left) == (1, [])
+    assert result.err.startswith("rank 1 was ended by SIGKILL")
+    assert result.seconds < 15
+
+
+def test_an_exit_status_without_an_error_is_named(run: Callable[..., Run]) -> None:
+    result = run("sys.exit(3 * rank)").end()
+    assert result.status == 1
+    assert result.err.startswith("rank 1 ended with exit status 3.")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_ranks_finish(run: Callable[..., Run], number: signal.Signals) -> None:
+    started = run(UNTIL_STOPPED)
+    started.wait_for("ready_0", "ready_1")
+    started.process.send_signal(number)
+    result = started.end()
+    assert (result.status, result.left) == (130, [])
+    started.wait_for("saved_0", "saved_1")
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("stopping")
+
+
+def test_the_slower_rank_may_take_its_time_to_stop(run: Callable[..., Run]) -> None:
+    """Rank 0 ends at once; with a patience after death of a second, rank 1 still gets its two seconds."""
+    started = run(UNTIL_STOPPED.replace('Path(f"saved', 'time.sleep(2 * rank); Path(f"saved'))
+    started.wait_for("ready_0", "ready_1")
+    started.process.send_signal(signal.SIGINT)
+    assert started.end().status == 130
+    started.wait_for("saved_1")
+
+
+def test_a_signal_during_the_imports_of_a_rank_prints_no_traceback(run: Callable[..., Run]) -> None:
+    started = run('Path(f"ready_{rank}").touch(); time.sleep(1)' + textwrap.dedent(UNTIL_STOPPED).replace("ready", "later"))
+    started.wait_for("ready_0", "ready_1")
+    started.process.send_signal(signal.SIGINT)
+    result = started.end()
+    assert result.status == 130
+    assert "Traceback" not in result.err
+
+
+def test_a_second_signal_ends_everything_at_once(run: Callable[..., Run]) -> None:
+    started = run('Path(f"ready_{rank}").touch(); time.sleep(1000)')
+    started.wait_for("ready_0", "ready_1")
+    started.process.send_signal(signal.SIGINT)
+    started.process.send_signal(signal.SIGINT)  # the same key press
+    time.sleep(1.1)
+    assert started.process.poll() is None
+    started.process.send_signal(signal.SIGINT)
+    result = started.end()
+    assert (result.status, result.left) == (1, [])
+    assert "stopped without a new checkpoint: ranks 0, 1 killed at the second signal." in result.err
+
+
+def test_ranks_that_do_not_stop_are_killed(run: Callable[..., Run]) -> None:
+    started = run('Path(f"ready_{rank}").touch(); time.sleep(1000 * rank); sys.exit(130)', stop_s=1)
+    started.wait_for("ready_0", "ready_1")
+    result = started.end()
+    assert (result.status, result.left) == (1, [])
+    assert "rank 1 killed after 1 s without an end" in result.err
+
+
+def test_ranks_die_with_a_killed_supervisor(run: Callable[..., Run]) -> None:
+    started = run(UNTIL_STOPPED)
+    started.wait_for("ready_0", "ready_1")
+    started.process.kill()
+    started.process.wait()
+    deadline = time.monotonic() + 5
+    while started.processes():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_shared_memory_of_this_run_only_is_removed() -> None:
+    ours = ["-tp:0-[0-1]-cpushm_0", "-tp:0-[0-1]-cpushm_1"]
+    names = [f"45678{ours[0]}", f"r1z_45678{ours[1]}", f"145678{ours[0]}", f"45679{ours[0]}", f"456780{ours[0]}"]
+    folder = Path("/dev/shm")
+    try:
+        for name in names:
+            (folder / name).touch(exist_ok=False)
+        assert sorted(supervisor.remove_shared_memory(45678)) == sorted(names[:2])
+        assert [name for name in names if (folder / name).exists()] == names[2:]
+    finally:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+
+
+def test_the_reserved_port_is_free_for_rank_0_only() -> None:
+    from torch.distributed import TCPStore
+
+    with supervisor._reserved_port() as port, supervisor._reserved_port() as other:
+        assert port != other
+        store = TCPStore("127.0.0.1", port, 1, True)
+        store.set("key", "value")
+        assert store.get("key") == b"value"
+
+
+@pytest.mark.parametrize(("error", "status"), [(ConfigError("no."), 2), (EngineError("dead."), 1), (ValueError("bug"), 1)])
+def test_errors_are_written_as_torchrun_reads_them(
+    error: Exception, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    monkeypatch.delenv("RANK", raising=False)
+
+    def main() -> int:
+        raise error
+
+    assert supervisor.rank_entry(main) == status
+    text = str(error) if status == 2 or isinstance(error, EngineError) else f"ValueError: {error}"
+    assert capsys.readouterr().err == f"{text}\n"
+    failure = ProcessFailure(0, 1, status, str(path))
+    assert failure.message["message"] == f"{type(error).__name__}: {error}"  # type: ignore[index]
+    assert "raise error" in json.loads(path.read_text())["message"]["extraInfo"]["py_callstack"]

