@@ -69,9 +69,8 @@ def joined_ranks(config: TrainConfig | PretrainConfig) -> Iterator[None]:
     check_world_size(config.parallel.num_ranks)
     torch.set_num_threads(config.parallel.threads_per_rank)
     start_process_group()
-    try:
-        yield
-    finally:
+    yield
+    if dist.is_initialized():  # an engine that was closed has ended it
         dist.destroy_process_group()
 
 
@@ -177,6 +176,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     finally:
         grader.close()
         log.close()
+    engine.close()
 
 
 def _make_engine(config: TrainConfig) -> VllmEngine:

@@ -90,7 +90,7 @@ def _start_ranks(config: TrainConfig | PretrainConfig, arguments: list[str]) -> 
 def _run_rank(entry: Callable[[], int], *, debug: bool) -> int:
     from megatron_r1z.supervisor import rank_entry
 
-    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu)")  # absent apex and the like
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu|vllm)")  # absent apex and the like
     return rank_entry(entry, debug=debug)
 
 

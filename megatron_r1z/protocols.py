@@ -46,6 +46,10 @@ class Engine(Protocol):
         """Stamp the weights just written and forget everything computed from older ones (the prefix cache)."""
         ...
 
+    def close(self) -> None:
+        """End the engine; all ranks call this once, at the end of a run that did not fail."""
+        ...
+
 
 class Grader(Protocol):
     """Turns groups into graded groups, keeping their order."""

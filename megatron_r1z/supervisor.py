@@ -151,7 +151,7 @@ def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
         if debug:
             traceback.print_exc()
         if not _is_supervised():
-            print(_with_rank(os.environ.get("RANK"), _sentence(error)), file=sys.stderr)  # noqa: T201
+            print(_with_rank(os.environ.get("RANK"), _sentence(error)), file=sys.stderr)
     finally:
         if _is_launched():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a repeated one would kill the interpreter while it shuts down
@@ -375,10 +375,10 @@ class _Run:
         failures = [_explain(rank, traceback_kept) for rank in self.ranks if rank.error_file.exists() or _failed_by_itself(rank)]
         if failures:
             first = min(failures, key=lambda failure: failure.when)
-            print(first.sentence, file=sys.stderr)  # noqa: T201
+            print(first.sentence, file=sys.stderr)
             return first.status
         if self.killed:
-            print(self._unfinished_stop(), file=sys.stderr)  # noqa: T201
+            print(self._unfinished_stop(), file=sys.stderr)
             return 1
         return STOPPED if any(rank.status == STOPPED for rank in self.ranks) else 0
 
@@ -437,7 +437,7 @@ def _start(rank: int, num_ranks: int, threads: int, port: int, folder: Path, com
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        _ERROR_FILE_VARIABLE: str(error_file),
+        _ERROR_FILE_VARIABLE: str(error_file.absolute()),
         _SUPERVISOR_VARIABLE: str(os.getpid()),
     }
     # In a session of its own, so that the terminal's Ctrl-C does not reach the rank's helpers: the supervisor passes it to the rank alone.

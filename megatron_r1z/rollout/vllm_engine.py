@@ -91,6 +91,10 @@ class VllmEngine:
             raise EngineError(f"the engine could not drop its prefix cache after refit {policy_version}; it is still generating.")
         self._version = policy_version
 
+    def close(self) -> None:
+        """End the engine and its process groups, the default group among them; all ranks call this."""
+        self._llm.llm_engine.engine_core.shutdown()
+
 
 def _parameters(prompt: Prompt, sampling: Sampling) -> Any:
     from vllm import SamplingParams

@@ -146,18 +146,19 @@ def test_a_usage_error_has_status_2(run: Callable[..., Run]) -> None:
 
 def test_a_bug_leaves_its_traceback_in_the_error_folder(run: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "errors").mkdir()
-    (tmp_path / "errors" / "rank_0.json").write_text("of an earlier run")
+    (tmp_path / "errors" / "rank_1.json").write_text("of an earlier run")
     script = "sys.exit(rank_entry(lambda: 0 // rank))"
     result = run(script, errors="errors").end()
     assert result.status == 1
     assert (
         result.err == f"rank 0: ZeroDivisionError: integer division or modulo by zero (the traceback is in {Path('errors/rank_0.txt')})\n"
     )
+    assert not (tmp_path / "errors" / "rank_1.json").exists()
     assert "0 // rank" in (tmp_path / "errors" / "rank_0.txt").read_text()
 
 
 def test_a_rank_that_was_killed_is_named_and_takes_the_others_with_it(run: Callable[..., Run]) -> None:
-    """Rank 0 is stuck where no signal but SIGKILL helps, has a helper, and the error of rank 2 is only a consequence."""
+    """Rank 0 is stuck where no signal but SIGKILL helps and has a helper; the error of rank 1 is a consequence; rank 2 is the cause."""
     result = run(
         """
         if rank == 0:
@@ -167,20 +168,44 @@ def test_a_rank_that_was_killed_is_named_and_takes_the_others_with_it(run: Calla
             time.sleep(1000)
         while not Path("ready_0").exists():
             time.sleep(0.02)
-        if rank == 1:
-            Path("dead_1").touch()
+        if rank == 2:
+            Path("dead_2").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         def main():
-            while not Path("dead_1").exists():
+            while not Path("dead_2").exists():
                 time.sleep(0.001)
             time.sleep(0.1)
             raise RuntimeError("Connection closed by peer")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(rank_entry(main))
         """,
         num_ranks=3,
     ).end()
     assert (result.status, result.left) == (1, [])
-    assert result.err.startswith("rank 1 was ended by SIGKILL")
+    assert result.err.startswith("rank 2 was ended by SIGKILL")
+    assert result.seconds < 10  # well below the grace of a stop, and no waiting for processes that are still there
+
+
+def test_the_others_are_told_to_end_when_a_rank_dies(run: Callable[..., Run]) -> None:
+    started = run(
+        """
+        def flush(*_):
+            Path("flushed").touch()
+            os._exit(0)
+        if rank == 0:
+            signal.signal(signal.SIGTERM, flush)
+            Path("ready_0").touch()
+            time.sleep(1000)
+        while not Path("ready_0").exists():
+            time.sleep(0.02)
+        os.abort()
+        """,
+        death_s=20,
+    )
+    result = started.end()
+    assert (result.status, result.left) == (1, [])
+    assert result.err.startswith("rank 1 was ended by SIGABRT.")
+    assert (started.folder / "flushed").exists()
     assert result.seconds < 15
 
 
@@ -224,8 +249,9 @@ def test_a_second_signal_ends_everything_at_once(run: Callable[..., Run]) -> Non
     started = run('Path(f"ready_{rank}").touch(); time.sleep(1000)')
     started.wait_for("ready_0", "ready_1")
     started.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
     started.process.send_signal(signal.SIGINT)  # the same key press
-    time.sleep(1.1)
+    time.sleep(1.0)
     assert started.process.poll() is None
     started.process.send_signal(signal.SIGINT)
     result = started.end()
