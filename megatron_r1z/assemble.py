@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -98,11 +98,11 @@ def make_policy(config: TrainConfig | PretrainConfig, weights: Weights, temperat
     return policy
 
 
-def make_log(folder: Path, config: TrainConfig | PretrainConfig) -> RunLog:
-    """The log of this rank; rank 0 also writes the resolved configuration and the versions."""
+def make_log(folder: Path, config: TrainConfig | PretrainConfig, finished: Mapping[str, int]) -> RunLog:
+    """The log of this rank; rank 0 also writes the resolved configuration and the versions. `finished`: see `RunLog`."""
     if dist.get_rank() != 0:
         return SilentLog()
-    log = RunLog(folder)
+    log = RunLog(folder, finished)
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "versions.json").write_text(json.dumps(library_versions(), indent=1) + "\n")
     return log
@@ -145,11 +145,11 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
     state = RunState(0, 0, prompts.to_state())
-    latest = checkpoints.latest() if config.checkpoint.resume else None
+    latest = checkpoints.latest()
     if latest is not None:
         state = RunState(**checkpoints.load(latest, policy))
         prompts.restore(state.prompts)
-    log = make_log(folder, config)
+    log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps})
     for item in train_sets + evaluation:
         log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
     if latest is not None:
@@ -214,11 +214,11 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     stream = DocumentStream(documents, config.corpus.seed)
     state = PretrainState(0, stream.to_state())
-    latest = checkpoints.latest() if config.checkpoint.resume else None
+    latest = checkpoints.latest()
     if latest is not None:
         state = PretrainState(**checkpoints.load(latest, policy))
         stream.restore(state.documents)
-    log = make_log(folder, config)
+    log = make_log(folder, config, {"step": state.step})
     log.say(f"{config.corpus.path}: {len(documents)} documents, {num_dropped} dropped (over {config.corpus.max_document_tokens} tokens)")
     if latest is not None:
         log.say(f"resumed from {latest}: {state.step} of {config.corpus.steps} steps done")

@@ -70,7 +70,10 @@ class Checkpoints:
             DataError: the checkpoint is not complete.
         """
         if not (path / "state.json").exists():
-            raise DataError(f"{path} is not a complete checkpoint; delete {self.folder / 'latest'} to start again, or name another one in it.")
+            raise DataError(
+                f"{path} is not a complete checkpoint; write the name of another one into the file 'latest' beside it, "
+                "or delete that file to start again."
+            )
         with megatron_device():
             policy.load_state(dist_checkpointing.load(policy.sharded_state(is_loading=True), str(path)))
         state: dict[str, Any] = json.loads((path / "state.json").read_text())

@@ -82,15 +82,16 @@ def _start_ranks(config: TrainConfig | PretrainConfig, arguments: list[str]) -> 
     from megatron_r1z.supervisor import run_ranks
 
     parallel = config.parallel
-    print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); the run folder is {config.logging.folder}", flush=True)
     folder = Path(config.logging.folder)
+    print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); the run folder is {folder}", flush=True)
     return run_ranks(parallel.num_ranks, parallel.threads_per_rank, arguments, error_folder=folder / "errors")
 
 
 def _run_rank(entry: Callable[[], int], *, debug: bool) -> int:
     from megatron_r1z.supervisor import rank_entry
 
-    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu|vllm)")  # absent apex and the like
+    # Of Megatron and vLLM about libraries that this machine does not need, such as apex.
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu|vllm)")
     return rank_entry(entry, debug=debug)
 
 

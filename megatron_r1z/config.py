@@ -233,7 +233,7 @@ class CheckpointConfig:
     keep: int = 2
     """Older checkpoints are deleted."""
     resume: bool = True
-    """Go on from the run folder's latest checkpoint if there is one."""
+    """Go on from the run folder's latest checkpoint if there is one; false refuses a folder that has one."""
     export: bool = True
     """Write the final policy in Hugging Face format."""
 
@@ -314,8 +314,8 @@ class TrainConfig:
                 f"({self.rollout.prompts_per_iteration} prompts x {self.rollout.samples_per_prompt}); "
                 f"the largest that does below it is {_largest_divisor(samples, step)}."
             )
-        if self.algorithm.name != "drgrpo" and self.rollout.samples_per_prompt == 1:
-            raise ConfigError(f"algorithm.name {self.algorithm.name} compares the samples of a prompt; samples_per_prompt must be at least 2.")
+        if self.rollout.samples_per_prompt == 1:
+            raise ConfigError("an advantage compares the samples of a prompt; rollout.samples_per_prompt is 1 and must be at least 2.")
 
     @property
     def max_model_tokens(self) -> int:

@@ -1,12 +1,12 @@
 """The exceptions of this package.
 
-    R1ZError                 anything we raise on purpose; its text is one sentence that says what to do next
-    ├── UsageError           the user can put it right: exit status 2, raised before any rank starts
-    │   ├── ConfigError      an unknown key, a value out of range, a combination that cannot work
-    │   ├── DataError        a question file, a corpus or a model folder that cannot be used
-    │   └── MissingExtraError  a library of another extra of setup.py is needed
-    ├── EngineError          the rollout engine cannot serve: wrong version of the weights, or it died
-    └── RefitError           the hand-over of weights to the engine did not end in the right weights
+R1ZError                 anything we raise on purpose; its text is one sentence that says what to do next
+├── UsageError           the user can put it right: exit status 2, raised before any rank starts
+│   ├── ConfigError      an unknown key, a value out of range, a combination that cannot work
+│   ├── DataError        a question file, a corpus or a model folder that cannot be used
+│   └── MissingExtraError  a library of another extra of setup.py is needed
+├── EngineError          the rollout engine cannot serve: wrong version of the weights, or it died
+└── RefitError           the hand-over of weights to the engine did not end in the right weights
 """
 
 

@@ -2,9 +2,9 @@
 
     prompts -> rollout (vLLM) -> grade -> advantages -> pack -> Megatron update -> reshard -> vLLM
 
-Every rank runs this same program. `Run` lists the parts: `prompts.py` draws questions, `rollout/` samples, `grading/` judges, `objective.py`
-and `packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over, `evaluate.py`, `checkpoint.py`, `metrics.py` and
-`rollouts.py` keep the record. `assemble.py` builds them.
+Every rank runs this same program. `Run` lists the parts: `prompts.py` draws questions, `rollout/` samples, `grading/` judges,
+`objective.py` and `packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over; `evaluate.py`, `checkpoint.py`,
+`metrics.py` and `rollouts.py` keep the record. `assemble.py` builds them.
 """
 
 from __future__ import annotations
@@ -247,9 +247,7 @@ def _save(run: Run) -> RunState:
     return state
 
 
-def _keep_rollouts(
-    run: Run, iteration: int, graded: Sequence[GradedGroup], samples: Sequence[Sample], step_of: dict[str, int]
-) -> None:
+def _keep_rollouts(run: Run, iteration: int, graded: Sequence[GradedGroup], samples: Sequence[Sample], step_of: dict[str, int]) -> None:
     if run.config.logging.rollouts and dist.get_rank() == 0:
         save_rollouts(run.folder / "rollouts", iteration, graded, samples, step_of)
 

@@ -70,12 +70,19 @@ def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
 class RunLog:
     """Writes a run's figures to `metrics.jsonl` and tensorboard and tells a person what is going on; rank 0 has one, others `SilentLog`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, finished: Mapping[str, int]) -> None:
+        """Open the files; `finished` is how many of each unit (`iteration`, `step`) the checkpoint holds that the run goes on from.
+
+        What an earlier process logged after that checkpoint is dropped: it will happen again.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._rows = (folder / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        path = folder / "metrics.jsonl"
+        kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if _is_finished(json.loads(line), finished)]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._rows = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=max(finished.values()) + 1 if kept else None)
         self._columns: tuple[str, ...] = ()
         self._live = sys.stdout.isatty()
 
@@ -121,15 +128,20 @@ class SilentLog(RunLog):
     def __init__(self) -> None:
         pass
 
-    def say(self, line: str) -> None: ...
+    def say(self, line: str) -> None:
+        """Nothing."""
 
-    def phase(self, label: str) -> None: ...
+    def phase(self, label: str) -> None:
+        """Nothing."""
 
-    def row(self, cells: Mapping[str, str]) -> None: ...
+    def row(self, cells: Mapping[str, str]) -> None:
+        """Nothing."""
 
-    def write(self, unit: str, number: int, metrics: Metrics) -> None: ...
+    def write(self, unit: str, number: int, metrics: Metrics) -> None:
+        """Nothing."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing."""
 
 
 class Stopwatch:
@@ -152,6 +164,10 @@ class Stopwatch:
         metrics = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return metrics
+
+
+def _is_finished(row: Mapping[str, float], finished: Mapping[str, int]) -> bool:
+    return all(row[unit] <= count for unit, count in finished.items() if unit in row)
 
 
 def _width(name: str) -> int:

@@ -35,8 +35,8 @@ class Objective:
 
 
 def centred(rewards_G: Sequence[float]) -> list[float]:
-    """Reward minus group mean: Dr. GRPO."""
-    mean = fmean(rewards_G)
+    """Reward minus group mean: Dr. GRPO. An all-equal group gives exact zeros, which packing leaves out, whatever rounding does."""
+    mean = rewards_G[0] if len(set(rewards_G)) == 1 else fmean(rewards_G)
     return [reward - mean for reward in rewards_G]
 
 
@@ -78,7 +78,7 @@ OBJECTIVES: dict[str, Objective] = {
     "rloo": Objective(leave_one_out, _one, _samples_times_constant),
     "token_mean": Objective(centred, _one, _tokens),
 }
-"""`drgrpo`: arXiv 2503.20783; `grpo`: arXiv 2402.03300; `rloo`: arXiv 2402.14740; `token_mean`: the aggregation of DAPO, arXiv 2503.14476."""
+"""`drgrpo`: arXiv 2503.20783; `grpo`: 2402.03300; `rloo`: 2402.14740; `token_mean`: the aggregation of DAPO, 2503.14476."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_r1z.config import PretrainConfig, QuestionSource, TrainConfig
 from megatron_r1z.errors import ConfigError, MissingExtraError
@@ -73,6 +74,7 @@ def require_libraries(modules: Sequence[str]) -> None:
 
 
 def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
+    _check_folder(Path(config.logging.folder), config.checkpoint.resume)
     shape, parallel = load_shape(config.model.path), config.parallel
     topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
     megatron_layout(shape, topology, 1)
@@ -86,10 +88,20 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
     return shape
 
 
+def _check_folder(folder: Path, resume: bool) -> None:
+    latest = folder / "checkpoints" / "latest"
+    if latest.exists() and not resume:
+        raise ConfigError(
+            f"{folder} holds checkpoint {latest.read_text().strip()} and checkpoint.resume is false; choose another logging.folder, "
+            "or delete this one to start again."
+        )
+
+
 def _check_head_size(shape: ModelShape) -> None:
     if shape.head_dim not in CPU_HEAD_SIZES and not _has_cuda():
         raise ConfigError(
-            f"the model has a head size of {shape.head_dim}, which vLLM cannot compute on a CPU; it can {', '.join(map(str, CPU_HEAD_SIZES))}."
+            f"the model has a head size of {shape.head_dim}, which vLLM cannot compute on a CPU; "
+            f"sizes that it can are {', '.join(map(str, CPU_HEAD_SIZES))}."
         )
 
 
@@ -97,8 +109,8 @@ def _check_lengths(config: TrainConfig, shape: ModelShape) -> None:
     length, rollout = config.max_model_tokens, config.rollout
     if length > shape.max_positions:
         raise ConfigError(
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens {rollout.max_response_tokens} = {length}, "
-            f"but the model has {shape.max_positions} positions; lower one of them by {length - shape.max_positions}."
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens {rollout.max_response_tokens} "
+            f"= {length}, but the model has {shape.max_positions} positions; lower one of them by {length - shape.max_positions}."
         )
     heads = max(1, shape.num_kv_heads // rollout.tensor_parallel_size)
     needed = 2 * shape.num_layers * heads * shape.head_dim * ITEMSIZE[config.precision.engine] * length

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_r1z.types import Group, GradedGroup, Prompt
+from megatron_r1z.types import GradedGroup, Group, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,9 @@ from pathlib import Path
 from megatron_r1z.types import GradedGroup, Sample
 
 
-def save_rollouts(folder: Path, iteration: int, graded: Sequence[GradedGroup], samples: Sequence[Sample], step_of: Mapping[str, int]) -> None:
+def save_rollouts(
+    folder: Path, iteration: int, graded: Sequence[GradedGroup], samples: Sequence[Sample], step_of: Mapping[str, int]
+) -> None:
     """One JSON object per response, in group order.
 
     `samples` are in the same order as the responses; `step_of` maps a sample id to the optimizer step of the iteration that it was in.

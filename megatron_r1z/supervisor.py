@@ -45,6 +45,8 @@ _POLL_S = 0.05
 _REPEAT_STOP_S = 2.0  # SIGINT is repeated: a rank that is still importing ignores it
 _SECOND_SIGNAL_S = 1.0  # a signal this soon after the first is the same key press, come by another way
 _KILL_S = 10.0  # a killed process that is still there then waits in the kernel, which nobody can end
+_ABANDONED_S = 120.0
+_SHARED_MEMORY = Path("/dev/shm")
 _GO_ON = "Start the run again to go on from its last checkpoint."
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
@@ -76,6 +78,7 @@ def run_ranks(
     Call it from the main thread: it handles signals, and the death of that thread is what ranks die with.
     """
     _become_subreaper()
+    remove_abandoned_shared_memory()
     strangers = _descendants()
     stop = _StopRequests()
     run = _Run(stop, patience or Patience())
@@ -98,12 +101,40 @@ def remove_shared_memory(port: int) -> list[str]:
     (`_CPUSHMDistributed.make_group_name` in vllm/distributed/device_communicators/cpu_communicator.py). Our identifier ends in the port.
     """
     segment = re.compile(rf"(?:.*\D)?{port}-.*-cpushm(?:_\d+)?")
-    removed = []
-    for path in Path("/dev/shm").glob("*cpushm*"):
-        if segment.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-            removed.append(path.name)
-    return removed
+    return _unlink([name for name in _segments() if segment.fullmatch(name)])
+
+
+def remove_abandoned_shared_memory() -> list[str]:
+    """Remove such segments of runs whose supervisor was killed: minutes old, and no process has them mapped; return their names."""
+    old = [name for name, made in _segments().items() if time.time() - made > _ABANDONED_S]
+    mapped = _mappings() if old else ""
+    return _unlink([name for name in old if name not in mapped])
+
+
+def _segments() -> dict[str, float]:
+    """The segments of this user's engines and when they were made."""
+    found = {}
+    for path in _SHARED_MEMORY.glob("*-cpushm*"):
+        with contextlib.suppress(FileNotFoundError):  # another run removes its own
+            status = path.stat()
+            if status.st_uid == os.getuid():
+                found[path.name] = status.st_mtime
+    return found
+
+
+def _mappings() -> str:
+    """What the processes that we may look into have mapped."""
+    texts = []
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return "".join(texts)
+
+
+def _unlink(names: list[str]) -> list[str]:
+    for name in names:
+        (_SHARED_MEMORY / name).unlink(missing_ok=True)
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------- the rank's side

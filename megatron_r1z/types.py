@@ -11,9 +11,9 @@ from enum import Enum
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question, templated and tokenised.
+    r"""One question, templated and tokenised.
 
-    >>> Prompt("asdiv/17", "Question: 1 + 1?\\nAnswer:", (24, 17, 9), ("2",), "asdiv").answers
+    >>> Prompt("asdiv/17", "Question: 1 + 1?\nAnswer:", (24, 17, 9), ("2",), "asdiv").answers
     ('2',)
     """
 

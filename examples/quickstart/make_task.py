@@ -56,19 +56,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     make_task(arguments.folder, arguments.seed)
-    print(f"wrote model, corpus.jsonl, questions.jsonl and held_out.jsonl to {arguments.folder}")
+    print(f"wrote model/, corpus.jsonl, questions.jsonl and held_out/ to {arguments.folder}")
 
 
 def make_task(folder: Path, seed: int = 0, num_documents: int = NUM_DOCUMENTS, num_questions: int = NUM_QUESTIONS) -> None:
     """Write the whole task into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder / "model")
-    held_out = [puzzle for level in QUESTION_LEVELS for puzzle in draw_puzzles(level, NUM_HELD_OUT, Random(f"{seed}/held_out/{level}"))]
-    avoid = frozenset(puzzle.prompt for puzzle in held_out)
+    held_out = {level: draw_puzzles(level, NUM_HELD_OUT, Random(f"{seed}/held_out/{level}")) for level in QUESTION_LEVELS}
+    avoid = frozenset(puzzle.prompt for puzzles in held_out.values() for puzzle in puzzles)
     questions = [
         puzzle for level in QUESTION_LEVELS for puzzle in draw_puzzles(level, num_questions, Random(f"{seed}/questions/{level}"), avoid)
     ]
-    _save_rows(folder / "held_out.jsonl", map(_make_question, held_out))
+    for level, puzzles in held_out.items():
+        _save_rows(folder / "held_out" / f"{level}.jsonl", map(_make_question, puzzles))
     _save_rows(folder / "questions.jsonl", map(_make_question, questions))
     _save_rows(folder / "corpus.jsonl", make_documents(num_documents, Random(f"{seed}/corpus"), avoid))
 
@@ -132,6 +133,7 @@ def _make_question(puzzle: Puzzle) -> dict[str, str]:
 
 
 def _save_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -1,1 +1,1 @@
-"""The model being trained: a Megatron-core GPT split by tensor and pipeline parallelism. The only home of Megatron and Transformer Engine."""
+"""The model being trained: a Megatron-core GPT split by tensors and layers. The only home of Megatron and Transformer Engine."""

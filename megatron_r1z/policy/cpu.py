@@ -13,17 +13,19 @@ each call into Megatron.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 
-def megatron_device() -> AbstractContextManager[object]:
-    """A context for calls into Megatron: the CPU stand-in without CUDA, nothing with it."""
-    return nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
+@contextmanager
+def megatron_device() -> Iterator[None]:
+    """A context, or `@megatron_device()`, for calls into Megatron: the CPU stand-in without CUDA, nothing with it."""
+    with nullcontext() if torch.cuda.is_available() else _CudaMeansCpu():
+        yield
 
 
 def prepare_process() -> None:

@@ -74,7 +74,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
         parts = [
             _forward_chunk(hidden, weight_VH, targets, head)
-            for hidden, targets in zip(hidden_RH.split(head.chunk_rows), targets_R.split(head.chunk_rows), strict=True)
+            for hidden, targets in zip(torch.split(hidden_RH, head.chunk_rows), torch.split(targets_R, head.chunk_rows), strict=True)
         ]
         logprobs_R, entropy_R, normaliser_R = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_RH, weight_VH, targets_R, normaliser_R)

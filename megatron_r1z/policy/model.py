@@ -28,10 +28,10 @@ from megatron_r1z.policy.logprob import vocab_parallel_logprobs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class PolicyModel(GPTModel):
+class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
     """One pipeline chunk of the policy."""
 
-    def forward(self, batch: MicroBatch, unpadded_vocab_size: int, temperature: float) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: MicroBatch, unpadded_vocab_size: int, temperature: float) -> Tensor:
         """Hidden states [T, 1, H] for the next stage; on the last stage float32 [2, R]: log-probs and entropies of the response tokens."""
         packed = packed_parameters(batch)
         hidden = None
@@ -58,8 +58,10 @@ class PolicyModel(GPTModel):
     def _gather(self, hidden: Tensor) -> Tensor:
         """All positions on every tensor-parallel rank; the backward pass sums the ranks' parts of the gradient."""
         if self.config.sequence_parallel:
-            return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        return tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+            gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+            return gathered
+        copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        return copied
 
 
 def packed_parameters(batch: MicroBatch) -> PackedSeqParams:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch import Tensor
@@ -22,21 +20,25 @@ from megatron_r1z.policy.model import build_chunks
 from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, wrap_chunks
 from megatron_r1z.types import UpdateStats
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
 
 class Settings(Protocol):
     """The sections of a configuration that decide how a policy is built."""
 
     @property
-    def model(self) -> ModelConfig: ...
+    def model(self) -> ModelConfig:
+        """Where the weights come from."""
+
     @property
-    def parallel(self) -> ParallelConfig: ...
+    def parallel(self) -> ParallelConfig:
+        """How the model is split."""
+
     @property
-    def precision(self) -> PrecisionConfig: ...
+    def precision(self) -> PrecisionConfig:
+        """Number formats."""
+
     @property
-    def optimizer(self) -> OptimizerConfig: ...
+    def optimizer(self) -> OptimizerConfig:
+        """The step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +58,6 @@ class TrainBatch:
         return [step.Work(batch, logprobs) for batch, logprobs in zip(self.batch.micro_batches, old, strict=True)]
 
 
-def _in_megatron(
-    method: Callable[Concatenate[MegatronPolicy, Arguments], Result],
-) -> Callable[Concatenate[MegatronPolicy, Arguments], Result]:
-    """Run a method in the device context that Megatron needs (`cpu.py`)."""
-
-    @functools.wraps(method)
-    def wrapped(self: MegatronPolicy, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with megatron_device():
-            return method(self, *args, **kwargs)
-
-    return wrapped
-
-
 class MegatronPolicy:
     """The policy on this rank.
 
@@ -82,14 +71,14 @@ class MegatronPolicy:
         self._temperature = temperature
         with megatron_device():
             self._bare = build_chunks(shape, settings.parallel, settings.precision, padded_vocab_size)
-        self._names = [(f"chunks.{index}.{name}", index, name) for index, chunk in enumerate(self._bare) for name, _ in chunk.named_parameters()]
 
     def parameters(self) -> dict[str, Tensor]:
         """This rank's weights by the names of the Megatron layout, without gradient history; writing into them changes the model."""
-        found = [dict(chunk.named_parameters()) for chunk in self._bare]
-        return {full: found[index][name].data for full, index, name in self._names}
+        return {
+            f"chunks.{index}.{name}": tensor.data for index, chunk in enumerate(self._bare) for name, tensor in chunk.named_parameters()
+        }
 
-    @_in_megatron
+    @megatron_device()
     def start_training(self, loss: step.Loss) -> None:
         """Add gradient buffers, optimizer and schedule around the weights that are now in place."""
         self._loss = loss
@@ -113,7 +102,7 @@ class MegatronPolicy:
             pad_sequences=parallel.pad_sequences,
         )
 
-    @_in_megatron
+    @megatron_device()
     def response_logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         """Log-probs of the response tokens under the present weights, float32 [R] each; None on all but the last pipeline stage."""
         return step.response_logprobs(self.model, batches)
@@ -124,7 +113,7 @@ class MegatronPolicy:
             return [TrainBatch(batches[0])]
         return [TrainBatch(batch, tuple(self.response_logprobs(batch.micro_batches))) for batch in batches]
 
-    @_in_megatron
+    @megatron_device()
     def update(self, train_batch: TrainBatch) -> UpdateStats:
         """One optimizer step."""
         for chunk in self.model.chunks:
@@ -149,7 +138,7 @@ class MegatronPolicy:
             skipped=not succeeded,
         )
 
-    @_in_megatron
+    @megatron_device()
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Weights, optimizer and schedule for Megatron's distributed checkpoint."""
         state: dict[str, Any] = {f"model{index}": chunk.sharded_state_dict(prefix="") for index, chunk in enumerate(self._bare)}
@@ -158,7 +147,7 @@ class MegatronPolicy:
         state["schedule"] = self.schedule.state_dict()
         return state
 
-    @_in_megatron
+    @megatron_device()
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `sharded_state` saved."""
         for index, chunk in enumerate(self._bare):

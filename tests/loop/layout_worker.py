@@ -1,28 +1,29 @@
-"""One rank of `test_layouts.py`: takes one Dr. GRPO step under every layout of this world size and saves what came out.
+"""One rank of `test_layouts.py`: takes two Dr. GRPO steps under every layout of this world size and saves what came out.
 
-Run by torchrun with the folder of the case: `case.pt` (model folder, samples, layouts) in, `<layout>.pt` out.
+Run by torchrun with a folder: `tasks.pt` (a list of tasks, see `test_layouts.py`) in, `results.pt` (a result per task name) out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.blocks import Layout, megatron_layout, padded_vocab_size
-from megatron_r1z.layout.families import ModelShape, load_shape
+from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.objective import OBJECTIVES, clipped_losses
-from megatron_r1z.packing import pack
+from megatron_r1z.packing import MicroBatch, pack
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
-from megatron_r1z.policy.policy import MegatronPolicy
+from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,79 +35,98 @@ class Settings:
 
 
 def main(folder: Path) -> None:
-    case = torch.load(folder / "case.pt", weights_only=False)
-    start_process_group(120)
-    shape = load_shape(case["model"])
-    weights = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32).state_dict()
-    for name, options in case["layouts"].items():
-        result = take_step(case, shape, weights, options)
-        if dist.get_rank() == 0:
-            torch.save(result, folder / f"{name}.pt")
+    torch.set_num_threads(1)
+    tasks = torch.load(folder / "tasks.pt", weights_only=False)
+    start_process_group(300)
+    results = {}
+    for topology, group in groupby(sorted(tasks, key=lambda task: repr(topology_of(task))), key=topology_of):
+        start_megatron(topology, seed=1)
+        results.update({task["name"]: take_steps(task, topology) for task in group})
+        parallel_state.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def take_step(case: dict, shape: ModelShape, weights: dict[str, torch.Tensor], options: dict) -> dict:
-    options = dict(options)
-    optimizer = OptimizerConfig(lr=1e-3, distributed=options.pop("distributed", False))
-    precision = PrecisionConfig(policy=options.pop("precision", "fp32"))
+def topology_of(task: dict) -> Topology:
+    sizes = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp", "virtual_pipeline_size": "vpp"}
+    chosen = {short: task["parallel"].get(name, 1) for name, short in sizes.items()}
+    return Topology(dist.get_world_size(), **chosen)
+
+
+def take_steps(task: dict, topology: Topology) -> dict:
+    """Load the weights, compute log-probs, take two optimizer steps on the same batch, collect the new weights."""
     settings = Settings(
-        ModelConfig(path=case["model"]), ParallelConfig(num_ranks=dist.get_world_size(), **options), precision, optimizer
+        ModelConfig(path=task["model"]),
+        ParallelConfig(num_ranks=topology.num_ranks, **task["parallel"]),
+        PrecisionConfig(policy=task["precision"]),
+        OptimizerConfig(lr=task["lr"], distributed=task["distributed"]),
     )
-    parallel = settings.parallel
-    topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
-    start_megatron(topology, seed=1)
+    shape = load_shape(task["model"])
     layout = megatron_layout(shape, topology, 1)
-    policy = MegatronPolicy(
-        settings, shape, topology, padded_vocab_size=padded_vocab_size(shape.vocab_size, topology.tp), temperature=case["temperature"]
-    )
-    copy_in(layout, policy.parameters(), weights)
+    padded = padded_vocab_size(shape.vocab_size, topology.tp)
+    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded, temperature=task["temperature"])
+    copy_in(layout, policy.parameters(), AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).state_dict())
     policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2))
 
-    objective = OBJECTIVES[case["algorithm"]]
-    lengths = [sample.response_length for sample in case["samples"]]
+    objective = OBJECTIVES[task["algorithm"]]
     batch = pack(
-        case["samples"],
+        task["samples"],
         policy.packing_rules(),
         topology.coordinates(dist.get_rank()).dp_rank,
         token_weight=objective.token_weight,
-        denominator=objective.denominator(lengths, case["length_constant"]),
+        denominator=objective.denominator([sample.response_length for sample in task["samples"]], task["length_constant"]),
     )
+    # The samples carry the reference's log-probs where the engine's would be; old log-probs are those, shifted so that the clip is live.
     logprobs = policy.response_logprobs(batch.micro_batches)
-    # A second step starts from moved weights, so that its ratio is not 1 and the clip is live.
-    old = tuple(None if item is None else item + case["old_shift"] for item in logprobs)
-    first = policy.update(dataclasses.replace(policy.with_old_logprobs([batch])[0], old_logprobs=old))
-    second = policy.update(dataclasses.replace(policy.with_old_logprobs([batch])[0], old_logprobs=old))
-    new = gather(layout, policy.parameters(), shape)
-    parallel_state.destroy_model_parallel()
-    return {"steps": [dataclasses.asdict(first), dataclasses.asdict(second)], "weights": new, "micro_batches": len(batch.micro_batches)}
+    is_last_stage = logprobs[0] is not None
+    old = tuple(shifted(item, task["shift_V"]) if is_last_stage else None for item in batch.micro_batches)
+    stats = [policy.update(TrainBatch(batch, old)) for _ in range(2)]
+    return {
+        "logprob_error": largest_difference(logprobs, batch.micro_batches),
+        "steps": [dataclasses.asdict(item) for item in stats],
+        "weights": gather(layout, policy.parameters(), shape),
+        "micro_batches": len(batch.micro_batches),
+    }
+
+
+def shifted(batch: MicroBatch, shift_V: Tensor) -> Tensor:
+    return batch.engine_logprobs_R + shift_V[batch.targets_R]
+
+
+def largest_difference(logprobs: list[Tensor | None], batches: tuple[MicroBatch, ...]) -> float:
+    pairs = zip(logprobs, batches, strict=True)
+    differences = [(mine - batch.engine_logprobs_R).abs() for mine, batch in pairs if mine is not None]
+    largest = torch.cat([torch.zeros(1), *differences]).max()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def box(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))
 
 
-def copy_in(layout: Layout, parameters: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+def copy_in(layout: Layout, parameters: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     for parameter in parameters.values():
         parameter.zero_()
     for block in layout.blocks_of(dist.get_rank()):
-        parameters[block.parameter][box(block.local_start, block.size)] = weights[block.tensor][box(block.start, block.size)]
+        parameters[block.parameter][box(block.local_start, block.size)] = weights[block.tensor][box(block.start, block.size)].to(
+            parameters[block.parameter]
+        )
 
 
-def gather(layout: Layout, parameters: dict[str, torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
-    """All checkpoint tensors on rank 0; copies of a block must agree to the bit over ranks."""
+def gather(layout: Layout, parameters: dict[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """All checkpoint tensors on every rank; copies of a block must agree to the bit over ranks."""
     mine = [(block, parameters[block.parameter][box(block.local_start, block.size)].clone()) for block in layout.blocks_of(dist.get_rank())]
     everything: list = [None] * dist.get_world_size()
     dist.all_gather_object(everything, mine)
-    tensors: dict[str, torch.Tensor] = {}
-    seen: dict[tuple, torch.Tensor] = {}
+    seen: dict[tuple, Tensor] = {}
     for block, value in (item for rank in everything for item in rank):
         key = (block.tensor, block.start)
         assert key not in seen or torch.equal(seen[key], value), f"copies of {key} differ"
         seen[key] = value
-    from megatron_r1z.layout.families import hf_tensors
-
-    for spec in hf_tensors(shape):
-        tensors[spec.name] = torch.full(spec.shape, torch.nan)
+    tensors = {spec.name: torch.full(spec.shape, torch.nan) for spec in hf_tensors(shape)}
     for (name, start), value in seen.items():
         tensors[name][box(start, tuple(value.shape))] = value.float()
     return tensors

@@ -223,8 +223,8 @@ def test_a_wrong_override_is_explained(override: str, sentence: str, tmp_path: P
             "the largest that does below it is 30.",
         ),
         (
-            ["algorithm.name=grpo", "rollout.samples_per_prompt=1"],
-            "algorithm.name grpo compares the samples of a prompt; samples_per_prompt must be at least 2.",
+            ["rollout.samples_per_prompt=1"],
+            "an advantage compares the samples of a prompt; rollout.samples_per_prompt is 1 and must be at least 2.",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

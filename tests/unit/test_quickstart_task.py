@@ -101,14 +101,15 @@ def test_drawn_puzzles_differ_and_avoid() -> None:
 
 
 def test_held_out_questions_occur_nowhere_else(folder: Path) -> None:
-    held_out = {row["problem"] for row in read(folder / "held_out.jsonl")}
+    held_out = {row["problem"] for path in (folder / "held_out").iterdir() for row in read(path)}
     assert len(held_out) == 900
     assert held_out.isdisjoint(row["problem"] for row in read(folder / "questions.jsonl"))
     assert held_out.isdisjoint(row["prompt"] for row in read(folder / "corpus.jsonl"))
 
 
 def test_levels_of_the_files(folder: Path) -> None:
-    assert Counter(row["level"] for row in read(folder / "held_out.jsonl")) == dict.fromkeys(make_task.QUESTION_LEVELS, 300)
+    for level in make_task.QUESTION_LEVELS:
+        assert [row["level"] for row in read(folder / "held_out" / f"{level}.jsonl")] == [level] * 300
     assert Counter(row["level"] for row in read(folder / "questions.jsonl")) == dict.fromkeys(make_task.QUESTION_LEVELS, 50)
     corpus = Counter(row["level"] for row in read(folder / "corpus.jsonl"))
     assert set(corpus) == set(LEVELS)
@@ -118,7 +119,7 @@ def test_levels_of_the_files(folder: Path) -> None:
 def test_the_seed_decides_every_byte(folder: Path, tmp_path: Path) -> None:
     make_task.make_task(tmp_path / "again", num_documents=700, num_questions=50)
     make_task.make_task(tmp_path / "other", seed=1, num_documents=700, num_questions=50)
-    for name in ("corpus.jsonl", "questions.jsonl", "held_out.jsonl", "model/tokenizer.json", "model/config.json"):
+    for name in ("corpus.jsonl", "questions.jsonl", "held_out/sum-4.jsonl", "model/tokenizer.json", "model/config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     assert (tmp_path / "other" / "corpus.jsonl").read_bytes() != (folder / "corpus.jsonl").read_bytes()
 

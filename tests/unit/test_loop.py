@@ -1,0 +1,201 @@
+"""From graded groups to optimizer steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("megatron.core")
+
+from megatron_r1z.config import TrainConfig, make_config
+from megatron_r1z.layout.topology import Topology
+from megatron_r1z.loop import Run, make_batches, make_samples
+from megatron_r1z.metrics import SilentLog
+from megatron_r1z.objective import OBJECTIVES
+from megatron_r1z.packing import PackingRules
+from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Sample, Verdict, VerdictKind
+
+BUDGET = 50
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The default process group, of this process alone."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("ranks") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_run(algorithm: str = "drgrpo", prompts: int = 4, samples: int = 3, batch: int = 6, seed: int = 0, stopped: bool = False) -> Run:
+    """The parts of a run that these functions look at."""
+    config = make_config(
+        TrainConfig,
+        {
+            "model": {"path": "model"},
+            "data": {"train": [{"path": "questions.jsonl"}]},
+            "algorithm": {"name": algorithm, "iterations": 5, "train_batch_size": batch},
+            "rollout": {"prompts_per_iteration": prompts, "samples_per_prompt": samples, "max_response_tokens": BUDGET, "seed": seed},
+            "logging": {"folder": "runs/x"},
+        },
+    )
+    parts: Any = dict.fromkeys(("engine", "grader", "refit", "prompts", "checkpoints"))
+    return Run(
+        config=config,
+        policy=SimpleNamespace(packing_rules=lambda: PackingRules(1, 64), topology=Topology(1)),  # type: ignore[arg-type]
+        stop=("</answer>",),
+        evaluation=(),
+        log=SilentLog(),
+        stop_flag=SimpleNamespace(requested=stopped),  # type: ignore[arg-type]
+        state=SimpleNamespace(iteration=3),  # type: ignore[arg-type]
+        **parts,
+    )
+
+
+def graded(group_id: int, rewards: list[float]) -> GradedGroup:
+    """Responses of different lengths whose tokens tell group and place."""
+    responses = tuple(
+        Response(
+            "r",
+            tuple(1000 * (group_id + 1) + 10 * index + place for place in range(index + 1)),
+            tuple(-0.01 * (place + 1) for place in range(index + 1)),
+            FinishReason.STOP,
+            7,
+        )
+        for index in range(len(rewards))
+    )
+    verdicts = tuple(Verdict(VerdictKind.CORRECT if reward else VerdictKind.WRONG, reward, None) for reward in rewards)
+    return GradedGroup(Group(group_id, Prompt(f"q/{group_id}", "?", (1, 2, 3)[: group_id % 3 + 1], ("7",), "q"), responses), verdicts)
+
+
+def some_groups(count: int, samples: int) -> list[GradedGroup]:
+    return [graded(number, [float((number + index) % 3 == 0) for index in range(samples)]) for number in range(count)]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@given(rewards=st.lists(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=4, max_size=4), min_size=1, max_size=4))
+def test_samples_are_the_responses_in_group_order(name: str, rewards: list[list[float]]) -> None:
+    groups = [graded(3 * number, row) for number, row in enumerate(rewards)]
+    samples = make_samples(groups, OBJECTIVES[name])
+    assert [sample.sample_id for sample in samples] == [f"{item.group.group_id}/{index}" for item in groups for index in range(4)]
+    responses = [(item.group.prompt, response) for item in groups for response in item.group.responses]
+    for sample, (prompt, response) in zip(samples, responses, strict=True):
+        assert sample.token_ids[: sample.prompt_length] == prompt.token_ids
+        assert sample.token_ids[sample.prompt_length :] == response.token_ids
+        assert sample.engine_logprobs == response.logprobs
+        assert (sample.response_length, sample.policy_version) == (response.length, 7)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_advantages_are_taken_within_each_group(name: str) -> None:
+    groups = [graded(0, [1.0, 0.0, 0.0]), graded(1, [1.0, 1.0, 1.0]), graded(2, [0.0, 0.0, 1.0])]
+    samples = make_samples(groups, OBJECTIVES[name])
+    expected = [OBJECTIVES[name].advantages([verdict.reward for verdict in item.verdicts]) for item in groups]
+    assert [sample.advantage for sample in samples] == [value for row in expected for value in row]
+    assert [sample.advantage for sample in samples[3:6]] == [0.0] * 3
+    assert samples[0].advantage == samples[8].advantage > 0 > samples[1].advantage
+
+
+def ids(step_of: dict[str, int]) -> dict[int, set[str]]:
+    found: dict[int, set[str]] = {}
+    for sample_id, step in step_of.items():
+        found.setdefault(step, set()).add(sample_id)
+    return found
+
+
+@given(seed=st.integers(0, 9), iteration=st.integers(0, 99), batch=st.sampled_from([1, 2, 3, 4, 6, 12]))
+def test_batches_are_a_partition(seed: int, iteration: int, batch: int) -> None:
+    run = make_run(seed=seed, batch=batch)
+    samples = make_samples(some_groups(4, 3), run.objective)
+    batches, step_of = make_batches(samples, run, iteration)
+    assert sorted(step_of) == sorted(sample.sample_id for sample in samples)
+    assert {step: len(members) for step, members in ids(step_of).items()} == dict.fromkeys(range(12 // batch), batch)
+    assert [item.num_samples for item in batches] == [batch] * (12 // batch)
+    by_id = {sample.sample_id: sample for sample in samples}
+    for step, item in enumerate(batches):
+        members = [by_id[sample_id] for sample_id in ids(step_of)[step]]
+        expected = Counter(token for sample in members if sample.advantage for token in sample.token_ids[sample.prompt_length :])
+        assert Counter(token for part in item.micro_batches for token in part.targets_R.tolist()) == expected
+
+
+@pytest.mark.parametrize(("algorithm", "denominator"), [("drgrpo", 6 * BUDGET), ("rloo", 6 * BUDGET), ("grpo", 6)])
+def test_the_denominator_counts_all_samples_of_the_step(algorithm: str, denominator: int) -> None:
+    run = make_run(algorithm)
+    for groups in (some_groups(4, 3), [graded(number, [1.0] * 3) for number in range(4)]):
+        for batch in make_batches(make_samples(groups, run.objective), run, 0)[0]:
+            assert batch.denominator == sum(item.denominator for item in batch.micro_batches) == denominator
+
+
+def test_the_denominator_of_token_mean_is_the_tokens_of_the_step() -> None:
+    run = make_run("token_mean")
+    samples = make_samples(some_groups(4, 3), run.objective)
+    batches, step_of = make_batches(samples, run, 0)
+    for step, batch in enumerate(batches):
+        assert batch.denominator == sum(sample.response_length for sample in samples if step_of[sample.sample_id] == step)
+
+
+def test_token_weights_are_those_of_the_objective() -> None:
+    run = make_run("grpo")
+    for batch in make_batches(make_samples(some_groups(4, 3), run.objective), run, 0)[0]:
+        for item in batch.micro_batches:
+            lengths = 1 + item.targets_R % 100 // 10
+            assert torch.equal(item.weights_R, 1.0 / lengths)
+
+
+def test_the_order_follows_from_seed_and_iteration_alone() -> None:
+    samples = make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"])
+
+    def order(seed: int, iteration: int) -> dict[str, int]:
+        return make_batches(samples, make_run(prompts=16, samples=4, batch=16, seed=seed), iteration)[1]
+
+    assert order(0, 3) == order(0, 3)
+    assert len({tuple(sorted(order(seed, iteration).items())) for seed in range(3) for iteration in range(4)}) == 12
+
+
+def test_the_samples_of_a_group_are_scattered_over_the_steps() -> None:
+    """As in OAT, which permutes the whole buffer."""
+    _, step_of = make_batches(make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"]), make_run(prompts=16, samples=4, batch=16), 0)
+    groups = [{step_of[f"{group}/{index}"] for index in range(4)} for group in range(16)]
+    assert sum(len(steps) > 1 for steps in groups) > 12
+
+
+def test_a_single_step_has_everything() -> None:
+    run = make_run(batch=12)
+    samples = make_samples(some_groups(4, 3), run.objective)
+    batches, step_of = make_batches(samples, run, 5)
+    assert len(batches) == 1
+    assert set(step_of.values()) == {0}
+
+
+def test_the_order_of_the_samples_is_left_as_it_is() -> None:
+    """They go to disk in group order after this."""
+    samples: list[Sample] = make_samples(some_groups(4, 3), OBJECTIVES["drgrpo"])
+    before = list(samples)
+    make_batches(samples, make_run(), 0)
+    assert samples == before
+
+
+def test_sampling_has_its_own_seed_in_every_iteration() -> None:
+    seeds = [make_run(seed=seed).sampling(iteration).seed for seed in (0, 1, 2) for iteration in range(100)]
+    assert len(set(seeds)) == len(seeds)
+    sampling = make_run().sampling(0)
+    assert (sampling.num_samples, sampling.max_tokens, sampling.stop) == (3, BUDGET, ("</answer>",))
+
+
+def test_iterations_go_on_from_the_state_and_end_when_asked(tmp_path: Path) -> None:
+    run = make_run()
+    seen = []
+    for iteration in run.iterations():
+        seen.append(iteration)
+        run.state = SimpleNamespace(iteration=iteration + 1)  # type: ignore[assignment]
+    assert seen == [3, 4]
+    assert list(make_run(stopped=True).iterations()) == []

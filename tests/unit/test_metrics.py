@@ -1,0 +1,140 @@
+"""Figures of a few records by hand, and where they are written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_r1z.metrics import RunLog, SilentLog, Stopwatch, mean_metrics, refit_metrics, rollout_metrics, update_metrics
+from megatron_r1z.types import (
+    FinishReason,
+    GradedGroup,
+    Group,
+    Prompt,
+    RefitReceipt,
+    Response,
+    UpdateStats,
+    Verdict,
+    VerdictKind,
+)
+
+
+def graded(group_id: int, *responses: tuple[int, float, VerdictKind]) -> GradedGroup:
+    """A group from length, reward and verdict of each response; truncated ones ran out of budget."""
+    return GradedGroup(
+        Group(
+            group_id,
+            Prompt(f"q/{group_id}", "?", (1, 2), ("7",), "q"),
+            tuple(
+                Response(
+                    "r", (3,) * length, (-0.5,) * length, FinishReason.LENGTH if kind is VerdictKind.TRUNCATED else FinishReason.STOP, 0
+                )
+                for length, _, kind in responses
+            ),
+        ),
+        tuple(Verdict(kind, reward, None) for _, reward, kind in responses),
+    )
+
+
+RIGHT, WRONG, CUT = VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.TRUNCATED
+MIXED = graded(0, (4, 1.0, RIGHT), (10, 0.0, WRONG), (16, 0.0, CUT), (6, 1.0, RIGHT))
+ALL_RIGHT = graded(1, (2, 1.0, RIGHT), (2, 1.0, RIGHT))
+ALL_WRONG = graded(2, (8, 0.0, WRONG), (8, 0.0, CUT))
+STATS = UpdateStats(0.5, 2.0, 1e-6, 0.25, 1.5, 3.0, 1e-4, 1e-2, 120, skipped=True)
+
+
+def test_rollout_metrics() -> None:
+    metrics = rollout_metrics([MIXED, ALL_RIGHT, ALL_WRONG])
+    assert metrics["rollout/reward_mean"] == pytest.approx(4 / 8)
+    assert metrics["rollout/length_mean_tokens"] == pytest.approx(56 / 8)
+    assert metrics["rollout/length_max_tokens"] == 16
+    assert metrics["rollout/truncated_share"] == pytest.approx(2 / 8)
+    assert metrics["rollout/mixed_groups_share"] == pytest.approx(1 / 3)
+    assert metrics["rollout/length_right_tokens"] == pytest.approx(14 / 4)
+    assert metrics["rollout/length_wrong_tokens"] == pytest.approx(42 / 4)
+    assert metrics["grading/correct_share"] == pytest.approx(4 / 8)
+    assert metrics["grading/wrong_share"] == pytest.approx(2 / 8)
+    assert metrics["grading/truncated_share"] == pytest.approx(2 / 8)
+
+
+def test_the_verdicts_of_all_kinds_add_up_to_one() -> None:
+    every = graded(0, *((3, 0.0, kind) for kind in VerdictKind))
+    shares = {name: value for name, value in rollout_metrics([every, MIXED]).items() if name.startswith("grading/")}
+    assert set(shares) == {f"grading/{kind.value}_share" for kind in VerdictKind}
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("groups", "absent"), [([ALL_RIGHT], "wrong"), ([ALL_WRONG], "right")])
+def test_a_mean_over_nothing_is_left_out(groups: list[GradedGroup], absent: str) -> None:
+    metrics = rollout_metrics(groups)
+    assert f"rollout/length_{absent}_tokens" not in metrics
+    assert metrics["rollout/length_mean_tokens"] > 0
+
+
+def test_update_and_refit_metrics() -> None:
+    metrics = update_metrics(STATS)
+    assert metrics["update/loss"] == 0.5
+    assert metrics["update/grad_norm"] == 2.0
+    assert metrics["update/skipped_steps"] == 1.0
+    assert metrics["update/trained_tokens"] == 120.0
+    assert len(set(metrics.values())) == len(metrics), "each figure has its own value, so none is written under two names"
+    assert refit_metrics(RefitReceipt(3, 4096, 0.5)) == {"refit/bytes": 4096.0, "refit/seconds_s": 0.5}
+
+
+def test_the_mean_over_steps() -> None:
+    assert mean_metrics([{"a": 1.0, "b": 0.0}, {"a": 3.0, "b": 1.0}]) == {"a": 2.0, "b": 0.5}
+
+
+def test_the_log_writes_json_lines_and_tensorboard(tmp_path: Path) -> None:
+    for number in (1, 2):  # a resumed run goes on in the same file
+        log = RunLog(tmp_path / "run")
+        log.write("iteration", number, {"update/loss": number / 2})
+        log.write("step", number, {"update/loss": number / 4})
+        log.close()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row.get("iteration"), row.get("step"), row["update/loss"]) for row in rows] == [
+        (1, None, 0.5),
+        (None, 1, 0.25),
+        (2, None, 1.0),
+        (None, 2, 0.5),
+    ]
+    assert all(row["time"] > 1.7e9 for row in rows)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_rows_are_aligned_and_repeat_their_header_only_when_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path)
+    log.row({"iteration": "1", "loss": "0.5"})
+    log.row({"iteration": "2", "loss": "0.25"})
+    log.row({"step": "3"})
+    log.phase("rollout")  # silent unless a terminal is there
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["iteration", "loss"], ["1", "0.5"], ["2", "0.25"], ["step"], ["3"]]
+    assert len({len(line) for line in lines[:3]}) == 1
+
+
+def test_the_silent_log_says_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = SilentLog()
+    log.say("x")
+    log.phase("x")
+    log.row({"a": "1"})
+    log.write("step", 1, {"a": 1.0})
+    log.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_stopwatch_adds_up_until_the_lap(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.5, 10.0, 12.0, 20.0, 20.25, 30.0, 31.0])
+    monkeypatch.setattr("megatron_r1z.metrics.time.perf_counter", lambda: next(ticks))
+    watch = Stopwatch(SilentLog())
+    for name in ("rollout", "update", "rollout"):
+        with watch.phase(name):
+            pass
+    assert watch.lap() == {"time/rollout_s": 1.75, "time/update_s": 2.0}
+    with watch.phase("grade"):
+        pass
+    assert watch.lap() == {"time/grade_s": 1.0}
+    assert watch.lap() == {}

@@ -1,0 +1,276 @@
+"""What is refused before a rank starts: one sentence with the numbers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_r1z import preflight
+from megatron_r1z.config import PretrainConfig, TrainConfig, make_config
+from megatron_r1z.errors import ConfigError, DataError, MissingExtraError, UsageError
+from megatron_r1z.preflight import check_pretrain, check_train, require_libraries
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("vllm")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
+make_task = importlib.import_module("make_task")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The quickstart's model with an (empty) weights file, a question file and a reward function, on a machine without a GPU."""
+    monkeypatch.setattr(preflight, "_has_cuda", lambda: False)
+    make_task.save_model(tmp_path / "model")
+    save_file({"model.norm.weight": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "questions.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n\n{"problem": "1+2", "answer": 3}\n')
+    (tmp_path / "reward.py").write_text("def reward(response, answers, finish_reason):\n    return 1.0\n")
+    return tmp_path
+
+
+def edit_model(folder: Path, **fields: Any) -> None:
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def train_config(folder: Path, **sections: dict[str, Any]) -> TrainConfig:
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder / "model")},
+        "data": {"train": [{"path": str(folder / "questions.jsonl")}], "template": "no", "max_prompt_tokens": 56},
+        "algorithm": {"iterations": 3, "train_batch_size": 8},
+        "rollout": {"prompts_per_iteration": 4, "samples_per_prompt": 4, "max_response_tokens": 200},
+        "precision": {"policy": "fp32", "engine": "fp32"},
+        "logging": {"folder": str(folder / "run")},
+    }
+    for name, fields in sections.items():
+        tree[name] = tree.get(name, {}) | fields
+    return make_config(TrainConfig, tree)
+
+
+def pretrain_config(folder: Path, **sections: dict[str, Any]) -> PretrainConfig:
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder / "model"), "random_init": True},
+        "corpus": {"path": str(folder / "corpus.jsonl"), "steps": 3, "max_document_tokens": 256},
+        "logging": {"folder": str(folder / "run")},
+    }
+    for name, fields in sections.items():
+        tree[name] = tree.get(name, {}) | fields
+    return make_config(PretrainConfig, tree)
+
+
+def refusal(folder: Path, kind: type[UsageError] = ConfigError, **sections: dict[str, Any]) -> str:
+    """The sentence with which a training run is refused."""
+    with pytest.raises(kind) as caught:
+        check_train(train_config(folder, **sections))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    return sentence
+
+
+def test_what_can_run_is_not_refused(folder: Path) -> None:
+    check_train(train_config(folder))
+    check_train(train_config(folder, grading={"function": f"{folder / 'reward.py'}:reward"}))
+    check_pretrain(pretrain_config(folder))
+
+
+def test_nothing_is_written(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    check_train(train_config(folder))
+    assert sorted(folder.rglob("*")) == before
+
+
+# --------------------------------------------------------------------------------------------------------------------------- model
+
+
+def test_the_policy_cannot_be_split(folder: Path) -> None:
+    sentence = refusal(folder, parallel={"num_ranks": 3, "tensor_parallel_size": 3})
+    assert "policy: num_heads is 4, which tp 3 does not divide; tp 2 does" in sentence
+
+
+def test_the_policy_cannot_split_key_value_heads(folder: Path) -> None:
+    edit_model(folder, num_key_value_heads=2)
+    sentence = refusal(folder, parallel={"num_ranks": 4, "tensor_parallel_size": 4})
+    assert "num_kv_heads is 2, which tp 4 does not divide" in sentence
+
+
+def test_the_layers_cannot_be_split(folder: Path) -> None:
+    sentence = refusal(folder, parallel={"num_ranks": 2, "pipeline_parallel_size": 2})
+    assert "3 layers cannot be split evenly over pp 2" in sentence
+
+
+def test_the_engine_cannot_be_split(folder: Path) -> None:
+    edit_model(folder, num_attention_heads=6, num_key_value_heads=6, hidden_size=192, intermediate_size=240)
+    sentence = refusal(folder, parallel={"num_ranks": 4}, rollout={"tensor_parallel_size": 4})
+    assert "engine: num_heads is 6, which tp 4 does not divide" in sentence
+
+
+def test_a_head_size_that_vllm_cannot_compute_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_model(folder, hidden_size=64)
+    sentence = refusal(folder)
+    assert "head size of 16" in sentence
+    assert "32, 48, 64" in sentence
+    monkeypatch.setattr(preflight, "_has_cuda", lambda: True)
+    check_train(train_config(folder))
+
+
+@pytest.mark.parametrize("check", ["train", "pretrain"])
+def test_an_unknown_family(folder: Path, check: str) -> None:
+    edit_model(folder, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    with pytest.raises(
+        DataError, match=r"describes GPT2LMHeadModel, which is not supported; known families: llama, mistral, qwen2, qwen3\."
+    ):
+        check_train(train_config(folder)) if check == "train" else check_pretrain(pretrain_config(folder))
+
+
+def test_there_is_no_model(folder: Path) -> None:
+    assert str(folder / "nothing") in refusal(folder, DataError, model={"path": str(folder / "nothing")})
+
+
+def test_there_are_no_weights(folder: Path) -> None:
+    (folder / "model" / "model.safetensors").unlink()
+    sentence = refusal(folder, DataError)
+    assert f"{folder / 'model'} holds neither model.safetensors nor model.safetensors.index.json" in sentence
+    assert "model.random_init" in sentence
+    check_train(train_config(folder, model={"random_init": True}))
+
+
+def test_there_is_no_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "model" / name).unlink()
+    assert f"no tokenizer can be read from {folder / 'model'}" in refusal(folder, DataError)
+
+
+def test_a_tokenizer_without_the_chat_template_that_is_asked_for(folder: Path) -> None:
+    assert "chat template" in refusal(folder, DataError, data={"template": "chat"})
+
+
+# ------------------------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_more_tokens_than_positions(folder: Path) -> None:
+    sentence = refusal(folder, rollout={"max_response_tokens": 300})
+    assert "data.max_prompt_tokens 56 + rollout.max_response_tokens 300 = 356, but the model has 256 positions" in sentence
+    assert "lower one of them by 100" in sentence
+
+
+def test_documents_longer_than_the_positions(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"corpus\.max_document_tokens is 257; the model has 256 positions\."):
+        check_pretrain(pretrain_config(folder, corpus={"max_document_tokens": 257}))
+
+
+@pytest.mark.parametrize(("engine", "itemsize"), [("fp32", 4), ("bf16", 2)])
+def test_a_cache_that_does_not_hold_one_sequence(folder: Path, engine: str, itemsize: int) -> None:
+    needed = 2 * 3 * 4 * 32 * itemsize * 256  # keys and values x layers x heads x head size x bytes x tokens
+    sentence = refusal(folder, rollout={"kv_cache_bytes": needed - 1}, precision={"engine": engine})
+    assert f"rollout.kv_cache_bytes is {needed - 1}, but one sequence of 256 tokens needs {needed}" in sentence
+    check_train(train_config(folder, rollout={"kv_cache_bytes": needed}, precision={"engine": engine}))
+
+
+def test_the_ranks_of_an_engine_share_the_cache(folder: Path) -> None:
+    needed = 2 * 3 * 2 * 32 * 4 * 256
+    ranks = {"num_ranks": 2}
+    check_train(train_config(folder, parallel=ranks, rollout={"kv_cache_bytes": needed, "tensor_parallel_size": 2}))
+    assert f"needs {needed}" in refusal(folder, parallel=ranks, rollout={"kv_cache_bytes": needed - 1, "tensor_parallel_size": 2})
+
+
+# ----------------------------------------------------------------------------------------------------------------------- questions
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"problem": "1+1", "answer": "2"}\n{"problem": \n', ":2: not valid JSON"),
+        ('{"problem": "1+1", "answer": "2"}\n\n[1, 2]\n', ":3: each line must be a JSON object, not list"),
+        ("", " holds no questions"),
+        ('{"problem": "1+1", "solution": "2"}\n', ":1: no column 'answer'; the columns are 'problem', 'solution'"),
+        ('{"question": "1+1", "answer": "2"}\n', ":1: no column 'problem'; the columns are 'question', 'answer'"),
+        ('{"problem": "1+1", "answer": null}\n', ":1: 'answer' has no answer (None)"),
+        ('{"problem": " ", "answer": "2"}\n', ":1: 'problem' is empty"),
+    ],
+)
+@pytest.mark.parametrize("place", ["train", "evaluation"])
+def test_question_files_that_cannot_be_used(folder: Path, text: str, sentence: str, place: str) -> None:
+    path = folder / "bad.jsonl"
+    path.write_text(text)
+    source = {"path": str(path)}
+    if place == "train":
+        found = refusal(folder, DataError, data={"train": [{"path": str(folder / "questions.jsonl")}, source]})
+    else:
+        found = refusal(folder, DataError, evaluation={"sets": [source]})
+    assert found.startswith(f"{path}{sentence}")
+
+
+def test_a_question_file_that_is_not_there(folder: Path) -> None:
+    path = str(folder / "nothing.jsonl")
+    assert f"there is no file {path}" in refusal(folder, DataError, data={"train": [{"path": path}]})
+
+
+def test_columns_of_another_name(folder: Path) -> None:
+    (folder / "other.jsonl").write_text('{"question": "1+1", "result": "2"}\n')
+    source = {"path": str(folder / "other.jsonl"), "problem_column": "question", "answer_column": "result"}
+    check_train(train_config(folder, data={"train": [source]}))
+
+
+# -------------------------------------------------------------------------------------------------------------- reward, optimizer
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        ("{folder}/nothing.py:reward", "there is no file {folder}/nothing.py"),
+        ("{folder}/reward.py:score", "{folder}/reward.py defines no 'score'"),
+        ("{folder}/reward.py", "write it as path.py:name"),
+        ("{folder}/broken.py:reward", "{folder}/broken.py fails to load: ZeroDivisionError"),
+        ("{folder}/short.py:reward", "must take (response, answers, finish_reason)"),
+    ],
+)
+def test_a_reward_function_that_cannot_be_used(folder: Path, function: str, sentence: str) -> None:
+    (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "short.py").write_text("def reward(response):\n    return 1.0\n")
+    assert sentence.format(folder=folder) in refusal(folder, DataError, grading={"function": function.format(folder=folder)})
+
+
+@pytest.mark.parametrize("check", ["train", "pretrain"])
+def test_the_distributed_optimizer_without_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    def run() -> None:
+        optimizer = {"distributed": True}
+        if check == "train":
+            check_train(train_config(folder, optimizer=optimizer))
+        else:
+            check_pretrain(pretrain_config(folder, optimizer=optimizer))
+
+    with pytest.raises(ConfigError, match=r"set optimizer\.distributed=false on a machine without a GPU\."):
+        run()
+    monkeypatch.setattr(preflight, "_has_cuda", lambda: True)
+    run()
+
+
+# ----------------------------------------------------------------------------------------------------------------------- libraries
+
+
+@pytest.mark.parametrize("module", ["no_such_library", "no_such_library.core", "json.no_such_part"])
+def test_a_missing_library_is_named_with_the_extra(module: str) -> None:
+    with pytest.raises(MissingExtraError) as caught:
+        require_libraries(("json", module))
+    assert str(caught.value).startswith(f"{module} is not installed; run `make env`")
+    assert "megatron-r1z[cpu]" in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["megatron.core", "vllm", "transformers", "math_verify"])
+def test_libraries_come_first(folder: Path, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine where nothing is installed the first sentence is about that, whatever else is wrong."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find_spec(name))
+    sentence = refusal(folder, MissingExtraError, model={"path": "nowhere"})
+    assert sentence.startswith(f"{library} is not installed")
+
+
+def test_the_libraries_of_a_run_are_here() -> None:
+    require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify"))

@@ -1,0 +1,114 @@
+"""Print docs/configuration.md: an introduction and a table of fields for every section of `megatron_r1z/config.py`.
+
+    python tools/config_docs.py > docs/configuration.md
+
+Names and defaults come from the records, what a field means from the docstring under it. `tests/unit/test_docs.py` compares.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import typing
+from typing import Any, Literal
+
+import yaml
+
+from megatron_r1z import config
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by tools/config_docs.py from the records of megatron_r1z/config.py; change them, then run
+     `python tools/config_docs.py > docs/configuration.md`. -->
+
+A run is one YAML file with the sections below. `train` reads all of them but `corpus`; `pretrain` reads those that say so.
+Fields marked **required** have no default.
+
+```
+megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 rollout.stop='["\\n"]' data.train.0.limit=500
+```
+
+- **Overrides** are `section.field=value`; the value is read as YAML, an entry of a list is addressed by its number from 0.
+- **Checked before anything starts**: an unknown key (the nearest known one is named), a wrong type, a value out of range, degrees that
+  do not divide the ranks, heads or layers, a prompt and response that exceed the model's positions. One sentence, exit status 2.
+- **Kept**: `config.yaml` in the run folder is the resolved configuration; a value that differs from its default carries that default
+  as a comment. It can be given to the command again.
+- Paths are relative to where the command is started.
+"""
+
+SOURCES = "Entries of `data.train` and `evaluation.sets`"
+
+
+def main() -> None:
+    """Print the page."""
+    print(page(), end="")
+
+
+def page() -> str:
+    """The whole page."""
+    sections = [section(name, record) for name, record in sections_of_both().items()]
+    sections.append(f"\n## {SOURCES}\n\n{table(config.QuestionSource)}")
+    return INTRODUCTION + "".join(sections)
+
+
+def sections_of_both() -> dict[str, type[Any]]:
+    """Section name to record, over both commands."""
+    return typing.get_type_hints(config.TrainConfig) | typing.get_type_hints(config.PretrainConfig)
+
+
+def section(name: str, record: type[Any]) -> str:
+    """Heading, purpose and table of one section."""
+    commands = [
+        command for command, kind in (("train", config.TrainConfig), ("pretrain", config.PretrainConfig)) if name in kind.__annotations__
+    ]
+    return f"\n## {name}\n\n{record.__doc__} Read by {' and '.join(f'`{command}`' for command in commands)}.\n\n{table(record)}"
+
+
+def table(record: type[Any]) -> str:
+    """One row per field."""
+    hints, meanings = typing.get_type_hints(record), field_docstrings(record)
+    rows = [
+        f"| `{item.name}` | {show_type(hints[item.name])} | {show_default(item)} | {meanings.get(item.name, '')} |"
+        for item in dataclasses.fields(record)
+    ]
+    return "\n".join(["| Field | Type | Default | Meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
+
+
+def field_docstrings(record: type[Any]) -> dict[str, str]:
+    """The string under each field of a dataclass, on one line."""
+    definition = ast.parse(inspect.getsource(record)).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            found[statement.target.id] = " ".join(str(following.value.value).split()).replace("|", "\\|")
+    return found
+
+
+def show_type(hint: Any) -> str:
+    """A type as a reader of YAML would say it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin is tuple:
+        return f"list of {show_type(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} x {show_type(arguments[0])}"
+    if type(None) in arguments:
+        return " or ".join("null" if argument is type(None) else show_type(argument) for argument in arguments)
+    names = {str: "text", int: "whole number", float: "number", bool: "true, false", config.QuestionSource: "question files, see below"}
+    return names[hint]
+
+
+def show_default(item: dataclasses.Field[Any]) -> str:
+    """The default in YAML's notation."""
+    if item.default is dataclasses.MISSING:
+        return "**required**"
+    text = yaml.safe_dump(config.to_tree(item.default), default_flow_style=True)
+    return f"`{text.removesuffix('...' + chr(10)).strip()}`"
+
+
+if __name__ == "__main__":
+    main()
