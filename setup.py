@@ -52,7 +52,8 @@ EXTRAS = {
         "mypy==2.4.*",
         "types-PyYAML",
         "pre-commit>=4.0",
-        "matplotlib>=3.10",
+        "matplotlib>=3.10",  # examples: curves
+        "gguf>=0.17",  # examples: SmolLM2's weights come in this format
     ],
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,13 +111,23 @@ def make_log(folder: Path, config: TrainConfig | PretrainConfig, finished: Mappi
 
 def library_versions() -> dict[str, str]:
     """Versions that decide the numbers of a run."""
-    found = {"megatron_r1z": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    found = {"megatron_r1z": __version__, "commit": _source_commit(), "python": platform.python_version(), "device": device}
     for name in LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+def _source_commit() -> str:
+    """The git commit that this package was imported from, empty where it is not a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def export_policy(config: TrainConfig | PretrainConfig, weights: Weights, policy: MegatronPolicy, folder: Path) -> None:
@@ -149,7 +160,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     if latest is not None:
         state = RunState(**checkpoints.load(latest, policy))
         prompts.restore(state.prompts)
-    log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps})
+    log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
     for item in train_sets + evaluation:
         log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
     if latest is not None:
@@ -158,6 +169,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     destination = engine_layout(weights.shape, dist.get_world_size(), config.rollout.tensor_parallel_size)
     dtype = DTYPES[config.precision.engine]
     grader = make_grader(config.grading, config.data.template)
+    grader.self_test()
     try:
         yield Run(
             config=config,
@@ -218,7 +230,7 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     if latest is not None:
         state = PretrainState(**checkpoints.load(latest, policy))
         stream.restore(state.documents)
-    log = make_log(folder, config, {"step": state.step})
+    log = make_log(folder, config, {"step": state.step if latest else -1})
     log.say(f"{config.corpus.path}: {len(documents)} documents, {num_dropped} dropped (over {config.corpus.max_document_tokens} tokens)")
     if latest is not None:
         log.say(f"resumed from {latest}: {state.step} of {config.corpus.steps} steps done")

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from megatron_r1z.config import PretrainConfig, TrainConfig, load_config
 from megatron_r1z.errors import R1ZError, UsageError
-
-STOPPED = 130
+from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
 
 EXAMPLES = {
     "train": "megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 logging.folder=runs/try",
@@ -60,39 +59,44 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(TrainConfig, options.config, options.overrides)
-    if "RANK" in os.environ:
-        return _run_rank(lambda: _train_rank(config), debug=options.debug)
-    from megatron_r1z.preflight import check_train
-
-    check_train(config)
-    return _start_ranks(config, arguments)
+    return _run(config, lambda: _check_train(config), lambda: _train_rank(config), options, arguments)
 
 
 def _pretrain(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(PretrainConfig, options.config, options.overrides)
+    return _run(config, lambda: _check_pretrain(config), lambda: _pretrain_rank(config), options, arguments)
+
+
+def _run(
+    config: TrainConfig | PretrainConfig,
+    check: Callable[[], None],
+    rank_main: Callable[[], int],
+    options: argparse.Namespace,
+    arguments: list[str],
+) -> int:
+    """Check, then be one rank (the environment says so) or start all of them."""
+    if not is_supervised():
+        check()
     if "RANK" in os.environ:
-        return _run_rank(lambda: _pretrain_rank(config), debug=options.debug)
-    from megatron_r1z.preflight import check_pretrain
-
-    check_pretrain(config)
-    return _start_ranks(config, arguments)
-
-
-def _start_ranks(config: TrainConfig | PretrainConfig, arguments: list[str]) -> int:
-    from megatron_r1z.supervisor import run_ranks
-
-    parallel = config.parallel
-    folder = Path(config.logging.folder)
+        # Of Megatron and vLLM about libraries that this machine does not need, such as apex.
+        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu|vllm)")
+        return rank_entry(rank_main, debug=options.debug)
+    parallel, folder = config.parallel, Path(config.logging.folder)
     print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); the run folder is {folder}", flush=True)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of vLLM's memory binding; read when a rank imports torch
     return run_ranks(parallel.num_ranks, parallel.threads_per_rank, arguments, error_folder=folder / "errors")
 
 
-def _run_rank(entry: Callable[[], int], *, debug: bool) -> int:
-    from megatron_r1z.supervisor import rank_entry
+def _check_train(config: TrainConfig) -> None:
+    from megatron_r1z.preflight import check_train
 
-    # Of Megatron and vLLM about libraries that this machine does not need, such as apex.
-    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu|vllm)")
-    return rank_entry(entry, debug=debug)
+    check_train(config)
+
+
+def _check_pretrain(config: PretrainConfig) -> None:
+    from megatron_r1z.preflight import check_pretrain
+
+    check_pretrain(config)
 
 
 def _train_rank(config: TrainConfig) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -44,7 +44,9 @@ class ParallelConfig:
     threads_per_rank: int = 1
     """OpenMP threads of each rank."""
     tensor_parallel_size: int = 1
+    """Ranks that share every matrix; must divide heads, key-value heads and feed-forward size."""
     pipeline_parallel_size: int = 1
+    """Ranks that share the layers; must divide their number."""
     virtual_pipeline_size: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
     sequence_parallel: bool = False
@@ -88,18 +90,23 @@ class QuestionSource:
     """One question file, JSONL or Parquet."""
 
     path: str
+    """File name; `.jsonl` or `.parquet`."""
     weight: float = 1.0
     """Relative share of the draws."""
     problem_column: str = "problem"
+    """Column of the question."""
     answer_column: str = "answer"
+    """Column of the answer: text, a number, or a list of which any is right."""
     limit: int | None = None
     """Use only this many rows (from `offset`)."""
     offset: int = 0
     """Skip this many rows first."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
+        if not self.weight > 0:
             raise ConfigError(f"data: weight of {self.path} is {self.weight}; it must be above 0.")
+        if self.offset < 0 or (self.limit is not None and self.limit < 1):
+            raise ConfigError(f"data: {self.path} has offset {self.offset} and limit {self.limit}; use at least 0 and at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +114,7 @@ class DataConfig:
     """Questions and how they are put to the model."""
 
     train: tuple[QuestionSource, ...]
+    """Question files to train on, mixed by weight."""
     template: Template = "r1"
     """`r1`, `qwen_math` and `no` are the paper's; `few_shot` puts the shots of `shots_path` first; `chat` is the model's own."""
     shots_path: str | None = None
@@ -131,31 +139,38 @@ class RolloutConfig:
     """How responses are sampled."""
 
     prompts_per_iteration: int = 128
+    """Questions drawn in an iteration."""
     samples_per_prompt: int = 8
+    """Responses to each: the size of a group."""
     max_response_tokens: int = 3000
     """The generation budget, which is also Dr. GRPO's length constant."""
     temperature: float = 1.0
     """Sampling temperature; log-probs are taken at this temperature on both sides."""
     top_p: float = 1.0
+    """Nucleus sampling; 1: off."""
     top_k: int = -1
     """-1: off."""
     stop: tuple[str, ...] | None = None
     """Stop strings, kept in the response. None: those of the template."""
     seed: int = 0
+    """Seed of sampling; tokens depend on it, the iteration and the prompt."""
     tensor_parallel_size: int = 1
     """Consecutive ranks that form one engine."""
     kv_cache_bytes: int = 256 << 20
     """Memory of the key-value cache of one rank."""
     max_concurrent_sequences: int = 256
+    """Responses that one engine generates side by side."""
 
     def __post_init__(self) -> None:
         _positive(self, "prompts_per_iteration", "samples_per_prompt", "max_response_tokens")
         _positive(self, "tensor_parallel_size", "kv_cache_bytes", "max_concurrent_sequences")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ConfigError(
                 f"rollout.temperature is {self.temperature}; training needs a distribution, so it must be above 0 "
                 "(evaluation has its own temperature, which may be 0)."
             )
+        if self.top_k != -1 and self.top_k < 1:
+            raise ConfigError(f"rollout.top_k is {self.top_k}; it must be at least 1, or -1 for off.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"rollout.top_p is {self.top_p}; it must be above 0 and at most 1.")
 
@@ -187,11 +202,15 @@ class AlgorithmConfig:
     """The objective and the length of the run."""
 
     name: Algorithm = "drgrpo"
+    """Row of the objective table (docs/algorithms.md)."""
     iterations: int
+    """Length of the run."""
     train_batch_size: int = 128
     """Samples of one optimizer step; an iteration makes prompts x samples / this many steps."""
     clip_low: float = 0.2
+    """The ratio is clipped below 1 minus this."""
     clip_high: float = 0.2
+    """The ratio is clipped above 1 plus this."""
 
     def __post_init__(self) -> None:
         _positive(self, "iterations", "train_batch_size")
@@ -204,15 +223,21 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     lr: float = 1e-6
+    """Learning rate after warm-up."""
     min_lr: float = 0.0
     """Floor of the decaying schedules."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up."""
     warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
     decay_steps: int | None = None
     """Optimizer steps after which a decaying schedule reaches `min_lr`; needed unless constant."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.0
+    """Decoupled; not applied to biases and norms."""
     clip_grad: float = 1.0
     """Bound of the global gradient norm."""
     distributed: bool = False
@@ -220,6 +245,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "eps", "clip_grad")
+        _not_negative(self, "min_lr", "warmup_steps", "decay_steps", "weight_decay")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas are {list(self.betas)}; each must be at least 0 and below 1.")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}.")
         if self.schedule != "constant" and self.decay_steps is None:
             raise ConfigError(f"optimizer: schedule {self.schedule} needs decay_steps.")
 
@@ -246,14 +276,22 @@ class EvaluationConfig:
     """Held-out accuracy during training."""
 
     sets: tuple[QuestionSource, ...] = ()
+    """Held-out question files; each gets figures of its own."""
     every: int = 16
     """Iterations between evaluations; also before the first and after the last iteration."""
     samples: int = 1
+    """Responses to each question."""
     temperature: float = 0.0
     """0: greedy."""
 
     def __post_init__(self) -> None:
         _positive(self, "every", "samples")
+        _not_negative(self, "temperature")
+        paths = [source.path for source in self.sets]
+        if len(set(paths)) < len(paths):
+            raise ConfigError(
+                f"evaluation.sets names {next(path for path in paths if paths.count(path) > 1)} twice; its figures would collide."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,9 +315,11 @@ class CorpusConfig:
     steps: int
     """Optimizer steps."""
     documents_per_step: int = 64
+    """Documents of one optimizer step."""
     loss_on: Literal["all", "response"] = "all"
     """`response` needs prompt/response rows."""
     seed: int = 0
+    """Seed of the order of the documents."""
 
     def __post_init__(self) -> None:
         _positive(self, "max_document_tokens", "steps", "documents_per_step")
@@ -404,7 +444,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for name in parents:
         node = _child(node, name, key)
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: {value!r} is not valid YAML; lists are written [a, b].") from error
     if isinstance(node, list):
         node[_index(node, last, key)] = parsed
     else:
@@ -492,10 +535,18 @@ def _build_scalar(kind: Any, value: Any, where: str) -> Any:
 
 
 def _positive(record: Any, *names: str) -> None:
+    _check_range(record, names, "above 0", lambda value: value > 0)
+
+
+def _not_negative(record: Any, *names: str) -> None:
+    _check_range(record, names, "at least 0", lambda value: value is None or value >= 0)
+
+
+def _check_range(record: Any, names: Sequence[str], wanted: str, holds: Callable[[Any], bool]) -> None:
     for name in names:
-        if getattr(record, name) <= 0:
+        if not holds(getattr(record, name)):  # so that nan does not pass
             section = type(record).__name__.removesuffix("Config").lower()
-            raise ConfigError(f"{section}.{name} is {getattr(record, name)}; it must be above 0.")
+            raise ConfigError(f"{section}.{name} is {getattr(record, name)}; it must be {wanted}.")
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

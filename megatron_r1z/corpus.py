@@ -32,6 +32,15 @@ class DocumentStream(SeededStream[Document]):
         super().__init__([(documents, 1.0)], seed)
 
 
+def check_corpus(config: CorpusConfig) -> None:
+    """Read every row without tokenising it.
+
+    Raises:
+        DataError: the file or a row is unfit; the message names file, line and what is wrong.
+    """
+    _load_pairs(config)
+
+
 def load_documents(config: CorpusConfig, tokenizer: Tokenizer) -> tuple[list[Document], int]:
     """The documents of `config.path` and how many were dropped because they are longer than `max_document_tokens`.
 
@@ -40,9 +49,7 @@ def load_documents(config: CorpusConfig, tokenizer: Tokenizer) -> tuple[list[Doc
     Raises:
         DataError: the file or a row is unfit, or every document is too long; the message names file, line and what is wrong.
     """
-    pairs = [_split_row(row, config.loss_on) for row in iterate_rows(config.path)]
-    if not pairs:
-        raise DataError(f"{config.path} holds no documents.")
+    pairs = _load_pairs(config)
     heads = tokenizer([head for head, _ in pairs], add_special_tokens=True).input_ids
     tails = tokenizer([tail for _, tail in pairs], add_special_tokens=False).input_ids
     documents = [
@@ -56,6 +63,13 @@ def load_documents(config: CorpusConfig, tokenizer: Tokenizer) -> tuple[list[Doc
             "raise the limit."
         )
     return fitting, len(documents) - len(fitting)
+
+
+def _load_pairs(config: CorpusConfig) -> list[tuple[str, str]]:
+    pairs = [_split_row(row, config.loss_on) for row in iterate_rows(config.path)]
+    if not pairs:
+        raise DataError(f"{config.path} holds no documents.")
+    return pairs
 
 
 def _split_row(row: Row, loss_on: str) -> tuple[str, str]:

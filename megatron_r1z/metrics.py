@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -62,27 +62,36 @@ def refit_metrics(receipt: RefitReceipt) -> Metrics:
     return {"refit/bytes": float(receipt.nbytes), "refit/seconds_s": receipt.seconds}
 
 
-def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
-    """The mean of each figure over the optimizer steps of an iteration."""
-    return {name: fmean(row[name] for row in rows) for name in rows[0]}
+def combine_steps(rows: Sequence[Metrics]) -> Metrics:
+    """Each figure over the optimizer steps of an iteration: maxima stay maxima, counts add up, the rest is a mean."""
+    return {name: _COMBINE.get(name, fmean)([row[name] for row in rows]) for name in rows[0]}
+
+
+_COMBINE: dict[str, Callable[[list[float]], float]] = {
+    "update/ratio_max": max,
+    "update/mismatch_max_nats": max,
+    "update/trained_tokens": sum,
+    "update/skipped_steps": sum,
+}
 
 
 class RunLog:
     """Writes a run's figures to `metrics.jsonl` and tensorboard and tells a person what is going on; rank 0 has one, others `SilentLog`."""
 
     def __init__(self, folder: Path, finished: Mapping[str, int]) -> None:
-        """Open the files; `finished` is how many of each unit (`iteration`, `step`) the checkpoint holds that the run goes on from.
+        """Open the files of a run that goes on after `finished`: the last finished number of each unit, the main one first.
 
-        What an earlier process logged after that checkpoint is dropped: it will happen again.
+        What an earlier process logged beyond that is dropped, since it will happen again. Tensorboard shows the main unit.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if _is_finished(json.loads(line), finished)]
+        kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if _is_finished(line, finished)]
         path.write_text("".join(f"{line}\n" for line in kept))
         self._rows = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=max(finished.values()) + 1 if kept else None)
+        self._unit = next(iter(finished))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=finished[self._unit] + 1)
         self._columns: tuple[str, ...] = ()
         self._live = sys.stdout.isatty()
 
@@ -108,8 +117,8 @@ class RunLog:
         """Figures of iteration or step `number`; `unit` is `iteration` or `step`."""
         self._rows.write(json.dumps({unit: number, "time": round(time.time(), 3), **metrics}) + "\n")
         self._rows.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name if unit == "iteration" else f"step_{name}", value, number)
+        for name, value in metrics.items() if unit == self._unit else ():
+            self._board.add_scalar(name, value, number)
 
     def close(self) -> None:
         """Flush everything."""
@@ -166,7 +175,11 @@ class Stopwatch:
         return metrics
 
 
-def _is_finished(row: Mapping[str, float], finished: Mapping[str, int]) -> bool:
+def _is_finished(line: str, finished: Mapping[str, int]) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut off by the end of the earlier process
+        return False
     return all(row[unit] <= count for unit, count in finished.items() if unit in row)
 
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_r1z.config import PretrainConfig, QuestionSource, TrainConfig
+from megatron_r1z.corpus import check_corpus
 from megatron_r1z.errors import ConfigError, MissingExtraError
 from megatron_r1z.export import locate_tensors
 from megatron_r1z.grading.grader import check_reward_function
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
-from megatron_r1z.layout.families import ModelShape, load_shape
+from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.prompts import load_questions, load_tokenizer, make_template
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM 0.32's CPU attention computes (its list, and 48, which was measured to work)."""
+MEGATRON_ROPE_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+"""What megatron-core 0.16.1 has built in (`RotaryEmbedding._apply_scaling`); all Llama 3 models have these, apart from the factor."""
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
@@ -53,6 +57,8 @@ def check_pretrain(config: PretrainConfig) -> None:
         raise ConfigError(
             f"corpus.max_document_tokens is {config.corpus.max_document_tokens}; the model has {shape.max_positions} positions."
         )
+    load_tokenizer(config.model.path)
+    check_corpus(config.corpus)
 
 
 def require_libraries(modules: Sequence[str]) -> None:
@@ -80,6 +86,11 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
     megatron_layout(shape, topology, 1)
     if not config.model.random_init:
         locate_tensors(config.model.path)
+    if shape.rope_scaling is not None and shape.rope_scaling != replace(MEGATRON_ROPE_SCALING, factor=shape.rope_scaling.factor):
+        raise ConfigError(
+            f"the model scales its rotary frequencies by {shape.rope_scaling}; of these Megatron takes the factor only and has "
+            f"{MEGATRON_ROPE_SCALING} for the rest."
+        )
     if config.optimizer.distributed and not _has_cuda():
         raise ConfigError(
             "optimizer.distributed keeps state that megatron-core cannot restore from a checkpoint without Transformer Engine or apex; "

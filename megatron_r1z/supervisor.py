@@ -181,7 +181,7 @@ def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
         _record_error(error, status)
         if debug:
             traceback.print_exc()
-        if not _is_supervised():
+        if not is_supervised():
             print(_with_rank(os.environ.get("RANK"), _sentence(error)), file=sys.stderr)
     finally:
         if _is_launched():
@@ -202,10 +202,11 @@ def die_with_parent() -> None:
 
 
 def _is_launched() -> bool:
-    return "RANK" in os.environ and (_is_supervised() or "TORCHELASTIC_RUN_ID" in os.environ)
+    return "RANK" in os.environ and (is_supervised() or "TORCHELASTIC_RUN_ID" in os.environ)
 
 
-def _is_supervised() -> bool:
+def is_supervised() -> bool:
+    """True in a rank that `run_ranks` started."""
     return _SUPERVISOR_VARIABLE in os.environ
 
 

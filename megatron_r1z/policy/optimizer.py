@@ -64,4 +64,6 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig) -> Opt
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run follows the configuration that it is given
     )

@@ -149,8 +149,11 @@ class MegatronPolicy:
 
     @megatron_device()
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sharded_state` saved."""
+        """Take over what `sharded_state` saved; learning rate, betas, decay and schedule stay those of the configuration."""
         for index, chunk in enumerate(self._bare):
             chunk.load_state_dict(state[f"model{index}"])
         self.optimizer.load_state_dict(state["optimizer"])
+        config = self._settings.optimizer
+        for group in self.optimizer.param_groups:
+            group |= {"max_lr": config.lr, "min_lr": config.min_lr, "betas": config.betas, "eps": config.eps}
         self.schedule.load_state_dict(state["schedule"])

@@ -11,13 +11,23 @@ Written for vLLM 0.32 (`tests/unit/rollout/test_cpu.py` fails when what is relie
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import torch
 
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-"""The engine lives in the rank's process and says nothing but errors. Read by vLLM and torch at import."""
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+"""The engine lives in the rank's process and says nothing but errors."""
+CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
+"""Eager mode would still compile its sampler at the first token."""
+
+
+def prepare_import() -> None:
+    """Set what vLLM reads when it is imported; a value that the user has set stays."""
+    for name, value in (ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)).items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # it speaks before it reads its own setting
 
 
 def prepare_engine(max_model_tokens: int) -> dict[str, Any]:

@@ -6,14 +6,14 @@ The engine starts with arbitrary weights: every weight it ever samples with came
 from __future__ import annotations
 
 import hashlib
-import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1z.errors import EngineError
 from megatron_r1z.protocols import Sampling
-from megatron_r1z.rollout.cpu import ENVIRONMENT, prepare_engine
+from megatron_r1z.rollout.cpu import prepare_engine, prepare_import
 from megatron_r1z.types import FinishReason, Group, Prompt, Response
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._version: int | None = None
-        os.environ.update(ENVIRONMENT)
+        prepare_import()
         from vllm import LLM
 
         self._llm = LLM(
@@ -69,9 +69,10 @@ class VllmEngine:
         share = range(engine, len(prompts), settings.num_ranks // settings.tensor_parallel_size)
         if not share:
             return []
+        names = _distinct_names(prompts)
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompts[index].token_ids)} for index in share],
-            [_parameters(prompts[index], sampling) for index in share],
+            [_parameters(_seed(sampling.seed, name), sampling) for name in (names[index] for index in share)],
             use_tqdm=False,
         )
         groups = [
@@ -96,7 +97,7 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _parameters(prompt: Prompt, sampling: Sampling) -> Any:
+def _parameters(seed: int, sampling: Sampling) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -107,15 +108,25 @@ def _parameters(prompt: Prompt, sampling: Sampling) -> Any:
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
         include_stop_str_in_output=True,
-        seed=_seed(sampling.seed, prompt.prompt_id),
+        seed=seed,
         logprobs=0,
         flat_logprobs=True,
     )
 
 
-def _seed(seed: int, prompt_id: str) -> int:
+def _distinct_names(prompts: Sequence[Prompt]) -> list[str]:
+    """A name for each prompt; one that is asked twice gets two, so that its groups differ."""
+    seen: Counter[str] = Counter()
+    names = []
+    for prompt in prompts:
+        names.append(f"{prompt.prompt_id}/{seen[prompt.prompt_id]}")
+        seen[prompt.prompt_id] += 1
+    return names
+
+
+def _seed(seed: int, name: str) -> int:
     """A request's seed, below 2**48 so that vLLM can add the sample's index to it."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{prompt_id}".encode(), digest_size=6).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=6).digest(), "big")
 
 
 def _response(completion: Any, version: int) -> Response:

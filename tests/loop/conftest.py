@@ -1,22 +1,177 @@
+"""The real command, the quickstart's task and a base model that solves some of it, made once per session."""
+
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MARK = "R1Z_TEST_RUN"
+"""In the environment of every process of a run, so that its processes can be told from all others."""
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended and what it left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+    """From its start to its end."""
+    processes: list[str]
+    """Command lines of its processes that were still there at its end."""
+    segments: list[str]
+    """Shared memory that was made since its start and that no process uses."""
+
+
+class Command:
+    """A command of `megatron-r1z` at work, started in the root of the repository."""
+
+    def __init__(self, folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+        self.mark = uuid.uuid4().hex
+        self.outputs = [folder / f"{self.mark}.{name}" for name in ("stdout", "stderr")]
+        self.segments = segments()
+        self.start = time.monotonic()
+        with self.outputs[0].open("w") as stdout, self.outputs[1].open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_r1z", *arguments],
+                cwd=ROOT,
+                env=ENVIRONMENT | {MARK: self.mark} | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+            )
+
+    def processes(self) -> list[psutil.Process]:
+        """Those that carry the mark and are alive, the supervisor among them."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def rank(self, number: int) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if child.environ().get("RANK") == str(number))
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 240) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.outputs[1].read_text()[-4000:]}"
+            assert time.monotonic() < deadline, f"not within {timeout} s; {self.outputs[0].read_text()[-4000:]}"
+            time.sleep(0.02)
+
+    def wait(self, timeout: float = 300) -> Outcome:
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise
+        seconds = time.monotonic() - self.start
+        left = [" ".join(process.cmdline()) for process in self.processes()]
+        stdout, stderr = (path.read_text() for path in self.outputs)
+        return Outcome(status, stdout, stderr, seconds, left, sorted(set(unused(segments())) - set(self.segments)))
+
+    def end(self) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def segments() -> list[str]:
+    """Shared memory of the kinds that vLLM, torch and multiprocessing make."""
+    return [path.name for kind in ("*-cpushm*", "torch_*", "psm_*") for path in Path("/dev/shm").glob(kind)]
+
+
+def unused(names: list[str]) -> list[str]:
+    """Those that no process has mapped."""
+    maps = []
+    for path in Path("/proc").glob("[0-9]*/maps") if names else ():
+        with contextlib.suppress(OSError):
+            maps.append(path.read_text(errors="replace"))
+    return [name for name in names if not any(f"/dev/shm/{name}" in text for text in maps)]
+
+
+class CommandLine:
+    """`megatron-r1z`, as a user types it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[Command] = []
+
+    def start(self, *arguments: object, environment: dict[str, str] | None = None) -> Command:
+        command = Command(self.folder, tuple(map(str, arguments)), environment or {})
+        self.started.append(command)
+        return command
+
+    def run(self, *arguments: object, environment: dict[str, str] | None = None, timeout: float = 300) -> Outcome:
+        return self.start(*arguments, environment=environment).wait(timeout)
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    line = CommandLine(tmp_path_factory.mktemp("output"))
+    yield line
+    for command in line.started:
+        if command.process.poll() is None:
+            command.end()
 
 
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., None]:
+    """Run a script with its arguments on so many ranks."""
+
     def run(num_ranks: int, script: Path, *arguments: object) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        done = subprocess.run([*launcher, script, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
+        command = [*launcher, script, *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
 
     return run
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's model folder, corpus and questions."""
+    folder = tmp_path_factory.mktemp("task")
+    script = ROOT / "examples" / "quickstart" / "make_task.py"
+    subprocess.run([sys.executable, script, folder], check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(task: Path, cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that writes well-formed answers of which some are right."""
+    folder = tmp_path_factory.mktemp("base")
+    outcome = cli.run(
+        "pretrain",
+        "configs/quickstart-pretrain.yaml",
+        f"model.path={task / 'model'}",
+        f"corpus.path={task / 'corpus.jsonl'}",
+        "corpus.steps=60",
+        "optimizer.warmup_steps=10",
+        "optimizer.decay_steps=60",
+        f"logging.folder={folder}",
+    )
+    assert outcome.status == 0, outcome.stderr
+    return folder / "hf" / "final"

@@ -61,7 +61,7 @@ def take_steps(task: dict, topology: Topology) -> dict:
         ModelConfig(path=task["model"]),
         ParallelConfig(num_ranks=topology.num_ranks, **task["parallel"]),
         PrecisionConfig(policy=task["precision"]),
-        OptimizerConfig(lr=task["lr"], distributed=task["distributed"]),
+        OptimizerConfig(lr=task["lr"], clip_grad=task["max_norm"], distributed=task["distributed"]),
     )
     shape = load_shape(task["model"])
     layout = megatron_layout(shape, topology, 1)

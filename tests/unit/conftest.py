@@ -1,11 +1,6 @@
 """Settings of the unit tier."""
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-# A loaded machine, or the first call into torch, says nothing about the property that is tested.
-settings.register_profile("unit", settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]))
-settings.load_profile("unit")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -87,25 +87,64 @@ def test_the_mean_over_steps() -> None:
     assert mean_metrics([{"a": 1.0, "b": 0.0}, {"a": 3.0, "b": 1.0}]) == {"a": 2.0, "b": 0.5}
 
 
+def rows(folder: Path) -> list[tuple[str, int, float]]:
+    """Unit, number and loss of each row of `metrics.jsonl`."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["time"] > 1.7e9 for row in found)
+    return [(unit, row[unit], row["update/loss"]) for row in found for unit in ("iteration", "step") if unit in row]
+
+
+def write_iterations(log: RunLog, first: int, last: int, loss: float) -> None:
+    """Two steps per iteration."""
+    for number in range(first, last + 1):
+        for step in (2 * number - 1, 2 * number):
+            log.write("step", step, {"update/loss": loss})
+        log.write("iteration", number, {"update/loss": loss})
+    log.close()
+
+
 def test_the_log_writes_json_lines_and_tensorboard(tmp_path: Path) -> None:
-    for number in (1, 2):  # a resumed run goes on in the same file
-        log = RunLog(tmp_path / "run")
-        log.write("iteration", number, {"update/loss": number / 2})
-        log.write("step", number, {"update/loss": number / 4})
-        log.close()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row.get("iteration"), row.get("step"), row["update/loss"]) for row in rows] == [
-        (1, None, 0.5),
-        (None, 1, 0.25),
-        (2, None, 1.0),
-        (None, 2, 0.5),
+    write_iterations(RunLog(tmp_path / "run", {"iteration": 0, "step": 0}), 1, 2, 0.5)
+    assert rows(tmp_path / "run") == [
+        ("step", 1, 0.5),
+        ("step", 2, 0.5),
+        ("iteration", 1, 0.5),
+        ("step", 3, 0.5),
+        ("step", 4, 0.5),
+        ("iteration", 2, 0.5),
     ]
-    assert all(row["time"] > 1.7e9 for row in rows)
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.parametrize("finished", range(4))
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path, finished: int) -> None:
+    write_iterations(RunLog(tmp_path, {"iteration": 0, "step": 0}), 1, 3, 0.5)
+    write_iterations(RunLog(tmp_path, {"iteration": finished, "step": 2 * finished}), finished + 1, 4, 0.25)
+    found = rows(tmp_path)
+    assert sorted(number for unit, number, _ in found if unit == "iteration") == [1, 2, 3, 4]
+    assert sorted(number for unit, number, _ in found if unit == "step") == list(range(1, 9))
+    assert [loss for unit, _, loss in found if unit == "iteration"] == [0.5] * finished + [0.25] * (4 - finished)
+
+
+def test_evaluation_before_training_survives_a_resume(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, {"iteration": 0, "step": 0})
+    log.write("iteration", 0, {"update/loss": 0.0})
+    write_iterations(log, 1, 2, 0.5)
+    RunLog(tmp_path, {"iteration": 1, "step": 2}).close()
+    assert [row for row in rows(tmp_path) if row[0] == "iteration"] == [("iteration", 0, 0.0), ("iteration", 1, 0.5)]
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    """A full disk ends a process within a line."""
+    write_iterations(RunLog(tmp_path, {"iteration": 0, "step": 0}), 1, 1, 0.5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 1, "ti')
+    write_iterations(RunLog(tmp_path, {"iteration": 1, "step": 2}), 2, 2, 0.25)
+    assert [row for row in rows(tmp_path) if row[0] == "iteration"] == [("iteration", 1, 0.5), ("iteration", 2, 0.25)]
+
+
 def test_rows_are_aligned_and_repeat_their_header_only_when_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, {"step": 0})
     log.row({"iteration": "1", "loss": "0.5"})
     log.row({"iteration": "2", "loss": "0.25"})
     log.row({"step": "3"})

@@ -93,6 +93,7 @@ def test_other_devices_stay() -> None:
     with megatron_device():
         assert torch.zeros(2, device="meta").device.type == "meta"
         assert torch.zeros(2, device="cpu").device.type == "cpu"
+        assert torch.zeros(2, device=torch.device("meta")).device.type == "meta"
         assert torch.zeros(2).to("meta").device.type == "meta"
 
 
