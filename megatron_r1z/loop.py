@@ -4,25 +4,23 @@
 
 Every rank runs this same program. `Run` lists the parts: `prompts.py` draws questions, `rollout/` samples, `grading/` judges,
 `objective.py` and `packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over; `evaluate.py`, `checkpoint.py`,
-`metrics.py` and `rollouts.py` keep the record. `assemble.py` builds them.
+`certificate.py`, `metrics.py` and `rollouts.py` keep the record. `assemble.py` builds them.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_r1z import ranks
+from megatron_r1z.certificate import make_certificate
 from megatron_r1z.checkpoint import Checkpoints
 from megatron_r1z.config import TrainConfig
-from megatron_r1z.errors import RefitError
 from megatron_r1z.evaluate import evaluate_sets
 from megatron_r1z.metrics import Metrics, RunLog, Stopwatch, combine_steps, refit_metrics, rollout_metrics, update_metrics
 from megatron_r1z.objective import OBJECTIVES, Objective
@@ -37,8 +35,6 @@ from megatron_r1z.types import GradedGroup, RefitReceipt, Sample, UpdateStats
 
 CERTIFICATE_GROUPS = 32
 """Groups whose log-probs are compared between engine and policy before the first update."""
-CERTIFICATE_LIMIT_NATS = 1e-4
-"""Above this, float32 weights on both sides cannot be the same weights (measured: below 1e-5)."""
 
 
 @dataclass(frozen=True)
@@ -193,35 +189,14 @@ def _pack(run: Run, samples: Sequence[Sample], *, skip_zero_advantage: bool = Tr
 
 
 def _certify(run: Run, samples: Sequence[Sample]) -> None:
-    """Compare engine and policy log-probs of the same tokens at equal weights, print and keep the difference.
-
-    Raises:
-        RefitError: float32 on both sides, and a difference that equal weights cannot have.
-    """
-    config = run.config
-    some = samples[: CERTIFICATE_GROUPS * config.rollout.samples_per_prompt]
-    batch = _pack(run, some, skip_zero_advantage=False)
+    """Compare engine and policy log-probs of the first responses, print and keep the difference, refuse one that cannot be."""
+    some = samples[: CERTIFICATE_GROUPS * run.config.rollout.samples_per_prompt]
     with run.watch.phase("certify"):
-        logprobs = run.policy.response_logprobs(batch.micro_batches)
-    pairs = zip(logprobs, batch.micro_batches, strict=True)
-    differences = [(mine - item.engine_logprobs_R).abs() for mine, item in pairs if mine is not None]
-    difference = torch.cat([torch.zeros(1), *differences]).double()
-    largest, total, count = difference.max(), difference.sum(), torch.tensor(float(difference.numel() - 1))
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    totals = torch.stack([total, count.double()])
-    dist.all_reduce(totals)
-    mean = float(totals[0] / totals[1].clamp(min=1))
-    precision = f"engine {config.precision.engine}, policy {config.precision.policy}"
-    run.log.say(f"engine and policy log-probs at equal weights ({precision}): max difference {float(largest):.1e}, mean {mean:.1e} nats")
+        certificate = make_certificate(run.policy, _pack(run, some, skip_zero_advantage=False).micro_batches, run.config)
+    run.log.say(certificate.sentence())
     if dist.get_rank() == 0:
-        figures = {"max_nats": float(largest), "mean_nats": mean, "engine": config.precision.engine, "policy": config.precision.policy}
-        (run.folder / "certificate.json").write_text(json.dumps({"iteration": run.state.iteration, **figures}) + "\n")
-    exact = config.precision.engine == config.precision.policy == "fp32" and config.rollout.top_p == 1.0 and config.rollout.top_k == -1
-    if exact and float(largest) > CERTIFICATE_LIMIT_NATS:
-        raise RefitError(
-            f"engine and policy disagree by {float(largest):.2e} nats on the same tokens in float32 (limit {CERTIFICATE_LIMIT_NATS:g}); "
-            "the engine does not hold the policy's weights, so nothing it samples can be trained on."
-        )
+        certificate.save(run.folder / "certificate.json")
+    certificate.check()
 
 
 def _is_due(run: Run, every: int) -> bool:
