@@ -13,6 +13,8 @@ each call into Megatron.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -34,6 +36,19 @@ def prepare_process() -> None:
         return
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
+
+
+def release_free_memory() -> None:
+    """Give free heap memory back to the system; does nothing where CUDA is available.
+
+    glibc keeps tensors of up to 32 MB on its heap, where activations of ever different sizes leave holes: without this a rank that
+    trains SmolLM2-135M grows by some 80 MB an iteration.
+    """
+    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -15,7 +15,7 @@ from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules
 from megatron_r1z.policy import step
-from megatron_r1z.policy.cpu import megatron_device
+from megatron_r1z.policy.cpu import megatron_device, release_free_memory
 from megatron_r1z.policy.model import build_chunks
 from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, wrap_chunks
 from megatron_r1z.types import UpdateStats
@@ -124,6 +124,7 @@ class MegatronPolicy:
         succeeded, grad_norm, _zeros = self.optimizer.step()
         if succeeded:
             self.schedule.step(increment=1)
+        release_free_memory()
         tokens = max(sums.tokens, 1.0)
         return UpdateStats(
             loss=sums.loss / train_batch.batch.denominator,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
+    "GLOO_SOCKET_IFNAME": "lo",
 }
 
 
@@ -42,16 +45,16 @@ class Outcome:
 
 
 class Command:
-    """A command of `megatron-r1z` at work, started in the root of the repository."""
+    """A Python module at work with its arguments, started in the root of the repository."""
 
-    def __init__(self, folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
         self.mark = uuid.uuid4().hex
         self.outputs = [folder / f"{self.mark}.{name}" for name in ("stdout", "stderr")]
         self.segments = segments()
         self.start = time.monotonic()
         with self.outputs[0].open("w") as stdout, self.outputs[1].open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_r1z", *arguments],
+                [sys.executable, "-m", *arguments],
                 cwd=ROOT,
                 env=ENVIRONMENT | {MARK: self.mark} | environment,
                 stdin=subprocess.DEVNULL,
@@ -118,13 +121,15 @@ class CommandLine:
         self.folder = folder
         self.started: list[Command] = []
 
-    def start(self, *arguments: object, environment: dict[str, str] | None = None) -> Command:
-        command = Command(self.folder, tuple(map(str, arguments)), environment or {})
+    def start(self, *arguments: str, environment: dict[str, str] | None = None, torchrun: int = 0) -> Command:
+        """Start the command, by itself or as so many ranks of torchrun."""
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "-m"] if torchrun else []
+        command = Command(self.folder, [*launcher, "megatron_r1z", *arguments], environment or {})
         self.started.append(command)
         return command
 
-    def run(self, *arguments: object, environment: dict[str, str] | None = None, timeout: float = 300) -> Outcome:
-        return self.start(*arguments, environment=environment).wait(timeout)
+    def run(self, *arguments: str, environment: dict[str, str] | None = None, torchrun: int = 0, timeout: float = 300) -> Outcome:
+        return self.start(*arguments, environment=environment, torchrun=torchrun).wait(timeout)
 
 
 @pytest.fixture(scope="session")
@@ -142,36 +147,56 @@ def torchrun() -> Callable[..., None]:
 
     def run(num_ranks: int, script: Path, *arguments: object) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
         command = [*launcher, script, *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
 
     return run
 
 
+@dataclass(frozen=True)
+class Task:
+    """The easiest part of the quickstart's task: sums of three digits, which a model gets partly right after a few seconds."""
+
+    model: Path
+    """Four layers, so that it can be split by two and by two again; without weights."""
+    corpus: Path
+    questions: Path
+
+
 @pytest.fixture(scope="session")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's model folder, corpus and questions."""
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     folder = tmp_path_factory.mktemp("task")
-    script = ROOT / "examples" / "quickstart" / "make_task.py"
-    subprocess.run([sys.executable, script, folder], check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    return folder
+    subprocess.run([sys.executable, "examples/quickstart/make_task.py", folder], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    documents = [row for row in map(json.loads, (folder / "corpus.jsonl").open()) if row["level"] == "sum-3"]
+    prompts = sorted({row["prompt"] for row in documents})
+    questions = [{"problem": prompt, "answer": str(sum(map(int, re.findall(r"\d", prompt))))} for prompt in prompts]
+    easy = Task(folder / "model", folder / "easy_corpus.jsonl", folder / "easy_questions.jsonl")
+    easy.corpus.write_text("".join(json.dumps(row) + "\n" for row in documents))
+    easy.questions.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    config = json.loads((easy.model / "config.json").read_text())
+    (easy.model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    return easy
 
 
 @pytest.fixture(scope="session")
-def base(task: Path, cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that writes well-formed answers of which some are right."""
-    folder = tmp_path_factory.mktemp("base")
-    outcome = cli.run(
-        "pretrain",
+def pretraining(task: Task) -> list[str]:
+    """Arguments of `pretrain`, but for the run folder."""
+    return [
         "configs/quickstart-pretrain.yaml",
-        f"model.path={task / 'model'}",
-        f"corpus.path={task / 'corpus.jsonl'}",
-        "corpus.steps=60",
+        f"model.path={task.model}",
+        f"corpus.path={task.corpus}",
+        "corpus.steps=100",
+        "corpus.documents_per_step=64",
         "optimizer.warmup_steps=10",
-        "optimizer.decay_steps=60",
-        f"logging.folder={folder}",
-    )
+        "optimizer.decay_steps=100",
+    ]
+
+
+@pytest.fixture(scope="session")
+def base(pretraining: list[str], cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that solves about a sixth of the questions, so that groups are mixed and have a gradient."""
+    folder = tmp_path_factory.mktemp("base")
+    outcome = cli.run("pretrain", *pretraining, f"logging.folder={folder}")
     assert outcome.status == 0, outcome.stderr
     return folder / "hf" / "final"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
-from megatron_r1z.metrics import RunLog, SilentLog, Stopwatch, mean_metrics, refit_metrics, rollout_metrics, update_metrics
+from megatron_r1z.metrics import RunLog, SilentLog, Stopwatch, combine_steps, refit_metrics, rollout_metrics, update_metrics
 from megatron_r1z.types import (
     FinishReason,
     GradedGroup,
@@ -83,8 +85,19 @@ def test_update_and_refit_metrics() -> None:
     assert refit_metrics(RefitReceipt(3, 4096, 0.5)) == {"refit/bytes": 4096.0, "refit/seconds_s": 0.5}
 
 
-def test_the_mean_over_steps() -> None:
-    assert mean_metrics([{"a": 1.0, "b": 0.0}, {"a": 3.0, "b": 1.0}]) == {"a": 2.0, "b": 0.5}
+def test_the_steps_of_an_iteration_together() -> None:
+    first, second = (
+        update_metrics(STATS),
+        update_metrics(replace(STATS, loss=1.5, ratio_max=1.2, mismatch_max=3e-2, num_tokens=80, skipped=False)),
+    )
+    found = combine_steps([first, second])
+    assert found["update/loss"] == 1.0
+    assert found["update/ratio_max"] == 1.5
+    assert found["update/mismatch_max_nats"] == 3e-2
+    assert found["update/trained_tokens"] == 200
+    assert found["update/skipped_steps"] == 1
+    assert found["update/entropy_nats"] == 3.0
+    assert combine_steps([first]) == first
 
 
 def rows(folder: Path) -> list[tuple[str, int, float]]:
@@ -124,6 +137,17 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path, fini
     assert sorted(number for unit, number, _ in found if unit == "iteration") == [1, 2, 3, 4]
     assert sorted(number for unit, number, _ in found if unit == "step") == list(range(1, 9))
     assert [loss for unit, _, loss in found if unit == "iteration"] == [0.5] * finished + [0.25] * (4 - finished)
+
+
+def test_tensorboard_has_each_iteration_once_and_no_steps(tmp_path: Path) -> None:
+    """Two numberings would not share an axis; a resumed run replaces what it does again."""
+    write_iterations(RunLog(tmp_path, {"iteration": 0, "step": 0}), 1, 3, 0.5)
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.0000000001"))  # files go by their second, and this one is not over
+    write_iterations(RunLog(tmp_path, {"iteration": 1, "step": 2}), 2, 4, 0.25)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["update/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("update/loss")] == [(1, 0.5), (2, 0.25), (3, 0.25), (4, 0.25)]
 
 
 def test_evaluation_before_training_survives_a_resume(tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ make_task = importlib.import_module("make_task")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The quickstart's model with an (empty) weights file, a question file and a reward function, on a machine without a GPU."""
+    """The quickstart's model with an (empty) weights file, questions, a corpus and a reward function, on a machine without a GPU."""
     monkeypatch.setattr(preflight, "_has_cuda", lambda: False)
     make_task.save_model(tmp_path / "model")
     save_file({"model.norm.weight": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
     (tmp_path / "questions.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n\n{"problem": "1+2", "answer": 3}\n')
+    (tmp_path / "corpus.jsonl").write_text('{"text": "1+1=2"}\n{"prompt": "1+2=", "response": "3"}\n')
     (tmp_path / "reward.py").write_text("def reward(response, answers, finish_reason):\n    return 1.0\n")
     return tmp_path
 
@@ -129,6 +130,20 @@ def test_an_unknown_family(folder: Path, check: str) -> None:
         check_train(train_config(folder)) if check == "train" else check_pretrain(pretrain_config(folder))
 
 
+def test_rotary_scaling_that_megatron_does_not_have(folder: Path) -> None:
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    edit_model(folder, rope_scaling=llama3)
+    check_train(train_config(folder))
+    edit_model(folder, rope_scaling=llama3 | {"high_freq_factor": 3.0})
+    assert "high_freq_factor=3.0" in refusal(folder)
+
+
 def test_there_is_no_model(folder: Path) -> None:
     assert str(folder / "nothing") in refusal(folder, DataError, model={"path": str(folder / "nothing")})
 
@@ -225,6 +240,17 @@ def test_columns_of_another_name(folder: Path) -> None:
     (folder / "other.jsonl").write_text('{"question": "1+1", "result": "2"}\n')
     source = {"path": str(folder / "other.jsonl"), "problem_column": "question", "answer_column": "result"}
     check_train(train_config(folder, data={"train": [source]}))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [('{"text": "1+1=2"}\n{"text"\n', ":2: not valid JSON"), ('{"words": "1+1=2"}\n', ":1: ")],
+)
+def test_a_corpus_that_cannot_be_used(folder: Path, text: str, sentence: str) -> None:
+    (folder / "corpus.jsonl").write_text(text)
+    with pytest.raises(DataError) as caught:
+        check_pretrain(pretrain_config(folder))
+    assert str(caught.value).startswith(f"{folder / 'corpus.jsonl'}{sentence}")
 
 
 # -------------------------------------------------------------------------------------------------------------- reward, optimizer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import warnings
 from importlib import metadata
 from itertools import chain
@@ -16,10 +18,9 @@ from hypothesis import strategies as st
 
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.rollout import cpu
-from megatron_r1z.rollout.vllm_engine import _parameters, _response, _seed
+from megatron_r1z.rollout.vllm_engine import _distinct_names, _parameters, _response, _seed
 from megatron_r1z.types import FinishReason, Prompt
 
-PROMPT = Prompt("asdiv/17", "1 + 1", (1, 2, 3), ("2",), "asdiv")
 SAMPLING = Sampling(num_samples=4, max_tokens=16, temperature=0.7, top_p=0.9, top_k=20, stop=("</answer>",), seed=5)
 
 
@@ -28,7 +29,7 @@ def vllm() -> Any:
     """vLLM, imported once; what it warns about at import is its own affair."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, value in cpu.ENVIRONMENT.items():
+        for name, value in (cpu.ENVIRONMENT | cpu.CPU_ENVIRONMENT).items():
             patch.setenv(name, value)
         module = pytest.importorskip("vllm")
         import vllm._custom_ops
@@ -47,6 +48,19 @@ def prepared(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(vllm._custom_ops, "_supports_onednn", True)
     monkeypatch.setattr(layers, "check_cpu_sgl_kernel", lambda *_args: True)  # a machine with AMX
     return cpu.prepare_engine(max_model_tokens=512)
+
+
+def test_the_import_is_prepared_but_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "level", logger.level)
+    for name in cpu.ENVIRONMENT | cpu.CPU_ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    cpu.prepare_import()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert ("TORCHDYNAMO_DISABLE" in os.environ) is not torch.cuda.is_available()
 
 
 def test_version(vllm: Any) -> None:
@@ -133,13 +147,22 @@ def test_seeds_are_small_and_differ_between_prompts_and_iterations(seed: int, na
     assert seeds[: len(names)] == [_seed(seed, name) for name in names]
 
 
+@given(ids=st.lists(st.sampled_from(["q/1", "q/10", "q/1/0", "p/1"]), max_size=12))
+def test_every_prompt_of_a_draw_has_a_name_of_its_own_that_does_not_depend_on_the_others(ids: list[str]) -> None:
+    """A question that is drawn twice would otherwise be answered with the same tokens twice."""
+    names = _distinct_names([Prompt(name, "?", (1,), ("2",), "q") for name in ids])
+    assert len(set(names)) == len(names) == len(ids)
+    firsts = {name: names[ids.index(name)] for name in set(ids)}
+    assert all(_distinct_names([Prompt(name, "?", (1,), ("2",), "q")]) == [first] for name, first in firsts.items())
+
+
 def test_parameters(vllm: Any) -> None:
-    found = _parameters(PROMPT, SAMPLING)
+    found = _parameters(77, SAMPLING)
     assert (found.n, found.max_tokens, found.temperature, found.top_p, found.top_k) == (4, 16, 0.7, 0.9, 20)
     assert found.stop == ["</answer>"]
     assert found.include_stop_str_in_output
     assert (found.logprobs, found.flat_logprobs) == (0, True)
-    assert found.seed == _seed(5, "asdiv/17")
+    assert found.seed == 77
 
 
 def test_a_response_has_one_logprob_per_token(vllm: Any) -> None:

@@ -1,0 +1,300 @@
+"""`megatron-r1z train` from the command line to the files that it leaves: short runs of the whole loop, each shared by several tests."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zstandard
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ITERATIONS = 8
+BUDGET = 48
+TP2 = ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=1", "rollout.tensor_parallel_size=2")
+PP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=2")
+DP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1")
+TWO_ENGINES = ("rollout.tensor_parallel_size=1",)
+TWO_STEPS = ("algorithm.train_batch_size=16", "optimizer.lr=3e-3")  # a large step, so that some ratios of the second are clipped
+
+GREEDY = """
+import json, os, sys
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+from vllm import LLM, SamplingParams
+folder, output, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=80, kv_cache_memory_bytes=64 << 20, disable_log_stats=True)
+outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], SamplingParams(temperature=0.0, max_tokens=48), use_tqdm=False)
+with open(output, "w") as file:
+    json.dump([list(item.outputs[0].token_ids) for item in outputs], file)
+"""
+
+
+@pytest.fixture(scope="session")
+def training(base: Path, task: Any) -> list[str]:
+    """Arguments of `train`, but for the run folder and the layout: 8 prompts x 4 samples."""
+    return [
+        "configs/quickstart.yaml",
+        f"model.path={base}",
+        f"data.train=[{{path: {task.questions}}}]",
+        f"evaluation.sets=[{{path: {task.questions}, limit: 12}}]",
+        "evaluation.every=4",
+        "rollout.prompts_per_iteration=8",
+        "rollout.samples_per_prompt=4",
+        f"rollout.max_response_tokens={BUDGET}",
+        "algorithm.train_batch_size=32",
+        f"algorithm.iterations={ITERATIONS}",
+        "checkpoint.every=4",
+    ]
+
+
+@pytest.fixture(scope="session")
+def unbroken(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Tensor parallel on both sides, run to the end: its folder and its outcome."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, cli.run("train", *training, *TP2, f"logging.folder={folder}")
+
+
+@pytest.fixture(scope="session")
+def resumed(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, int, Any]:
+    """The same run, stopped by SIGINT after iteration 2 and started again: folder, first outcome, iteration it stopped at, second outcome."""
+    folder = tmp_path_factory.mktemp("resumed")
+    command = cli.start("train", *training, *TP2, f"logging.folder={folder}")
+    command.wait_until(lambda: has_iteration(folder, 2))
+    command.process.send_signal(signal.SIGINT)
+    stopped = command.wait()
+    iteration = json.loads((folder / "checkpoints" / newest_checkpoint(folder) / "state.json").read_text())["iteration"]
+    return folder, stopped, iteration, cli.run("train", *training, *TP2, f"logging.folder={folder}")
+
+
+@pytest.fixture(scope="session")
+def two_steps(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Two iterations of two optimizer steps with two engines, split by layers and by data; the latter as ranks of torchrun."""
+    runs = {}
+    for name, layout, torchrun in (("pp2", PP2, 0), ("dp2", DP2, 2)):
+        folder = tmp_path_factory.mktemp(name)
+        arguments = [*training, *layout, *TWO_ENGINES, *TWO_STEPS, "algorithm.iterations=2", f"logging.folder={folder}"]
+        runs[name] = folder, cli.run("train", *arguments, torchrun=torchrun)
+    return runs
+
+
+def rows_of(folder: Path, unit: str = "iteration") -> list[dict[str, float]]:
+    """Rows of `metrics.jsonl`, those of evaluations among them."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if unit in row]
+
+
+def iterations_of(folder: Path) -> list[dict[str, float]]:
+    return [row for row in rows_of(folder) if "rollout/reward_mean" in row]
+
+
+def has_iteration(folder: Path, number: int) -> bool:
+    return any(row["iteration"] >= number for row in iterations_of(folder))
+
+
+def without_times(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if not name.startswith("time") and name != "refit/seconds_s"}
+
+
+def newest_checkpoint(folder: Path) -> str:
+    return (folder / "checkpoints" / "latest").read_text().strip()
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "hf" / "final" / "model.safetensors")
+
+
+def rollouts_of(folder: Path, iteration: int) -> list[dict[str, Any]]:
+    payload = (folder / "rollouts" / f"iter_{iteration:06d}.jsonl.zst").read_bytes()
+    return [json.loads(line) for line in zstandard.decompress(payload).decode().splitlines()]
+
+
+def left_nothing(outcome: Any) -> bool:
+    return outcome.processes == outcome.segments == []
+
+
+# ------------------------------------------------------------------------------------------------------------------- to the end
+
+
+def test_run_succeeds_and_leaves_no_process(unbroken: tuple[Path, Any]) -> None:
+    _, outcome = unbroken
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert left_nothing(outcome)
+
+
+def test_engine_and_policy_agree_on_the_same_tokens(unbroken: tuple[Path, Any]) -> None:
+    certificate = json.loads((unbroken[0] / "certificate.json").read_text())
+    print("certificate", certificate)
+    assert certificate["max_nats"] < 1e-4
+    assert "log-probs at equal weights" in unbroken[1].stdout
+
+
+def test_every_iteration_has_a_row_of_finite_figures(unbroken: tuple[Path, Any]) -> None:
+    rows = iterations_of(unbroken[0])
+    assert [row["iteration"] for row in rows] == list(range(1, ITERATIONS + 1))
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert any(row["update/grad_norm"] > 0 for row in rows)  # the comparisons below are about something
+    assert 0 < sum(row["rollout/reward_mean"] for row in rows) < ITERATIONS
+    assert all(row["update/mismatch_max_nats"] < 1e-4 for row in rows)  # after every refit, not only the first
+
+
+def test_weights_are_handed_over_whole_after_every_iteration(unbroken: tuple[Path, Any]) -> None:
+    folder, _ = unbroken
+    nbytes = {row["refit/bytes"] for row in iterations_of(folder)}
+    exported = sum(tensor.nbytes for tensor in weights_of(folder).values())
+    assert len(nbytes) == 1
+    assert exported <= nbytes.pop() < 1.1 * exported  # norms lie on both ranks
+
+
+def test_evaluation_runs_before_between_and_after(unbroken: tuple[Path, Any]) -> None:
+    rows = [row for row in rows_of(unbroken[0]) if any(name.endswith("_accuracy") for name in row)]
+    assert [row["iteration"] for row in rows] == [0, 4, 8]
+
+
+def test_tensorboard_shows_the_same_rewards(unbroken: tuple[Path, Any], resumed: tuple[Path, Any, int, Any]) -> None:
+    for folder in (unbroken[0], resumed[0]):
+        board = EventAccumulator(str(folder / "tensorboard"))
+        board.Reload()
+        shown = [(event.step, event.value) for event in board.Scalars("rollout/reward_mean")]
+        assert shown == [(row["iteration"], pytest.approx(row["rollout/reward_mean"], rel=1e-6)) for row in iterations_of(folder)]
+
+
+def test_rollouts_are_kept_whole(unbroken: tuple[Path, Any]) -> None:
+    folder, _ = unbroken
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf" / "final")
+    for row in iterations_of(folder):
+        iteration = int(row["iteration"]) - 1
+        samples = rollouts_of(folder, iteration)
+        assert len(samples) == 32
+        assert set(Counter(sample["sample_id"].split("/")[0] for sample in samples).values()) == {4}
+        assert {sample["policy_version"] for sample in samples} == {iteration}
+        assert sum(sample["reward"] for sample in samples) / 32 == pytest.approx(row["rollout/reward_mean"])
+        for sample in samples:
+            assert 0 < len(sample["engine_logprobs"]) == len(sample["response_token_ids"]) <= BUDGET
+            assert max(sample["engine_logprobs"]) <= 0
+            assert tokenizer.decode(sample["response_token_ids"], skip_special_tokens=True) == sample["response"]
+            assert (sample["verdict"] == "correct") == (sample["reward"] == 1) == (sample["extracted"] in sample["answers"])
+
+
+def test_exported_model_answers_alike_in_transformers_and_vllm(unbroken: tuple[Path, Any], tmp_path: Path) -> None:
+    model_folder = unbroken[0] / "hf" / "final"
+    prompts = [sample["prompt_token_ids"] for sample in rollouts_of(unbroken[0], 0)[::4]]
+    script = [sys.executable, "-c", GREEDY, str(model_folder), str(tmp_path / "tokens.json"), json.dumps(prompts)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    engine = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=BUDGET)
+        expected.append(answer[0, len(prompt) :].tolist())
+    _, errors = engine.communicate(timeout=240)
+    assert engine.returncode == 0, errors[-4000:]
+    assert json.loads((tmp_path / "tokens.json").read_text()) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------- stop and resume
+
+
+def test_interrupt_ends_with_130_after_a_checkpoint(resumed: tuple[Path, Any, int, Any]) -> None:
+    _, stopped, iteration, _ = resumed
+    assert stopped.status == 130
+    assert 2 <= iteration < ITERATIONS
+    assert "Traceback" not in stopped.stderr
+    assert left_nothing(stopped)
+
+
+def test_resumed_run_goes_on_from_the_checkpoint(resumed: tuple[Path, Any, int, Any]) -> None:
+    folder, _, iteration, outcome = resumed
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert f"step_{iteration:06d}: {iteration} of {ITERATIONS} iterations done" in outcome.stdout
+    assert newest_checkpoint(folder) == f"step_{ITERATIONS:06d}"
+    assert left_nothing(outcome)
+
+
+def test_resumed_run_has_the_figures_of_an_unbroken_one(unbroken: tuple[Path, Any], resumed: tuple[Path, Any, int, Any]) -> None:
+    assert [without_times(row) for row in rows_of(resumed[0])] == [without_times(row) for row in rows_of(unbroken[0])]
+
+
+def test_resumed_run_ends_in_the_same_weights(unbroken: tuple[Path, Any], resumed: tuple[Path, Any, int, Any], base: Path) -> None:
+    expected, found, start = weights_of(unbroken[0]), weights_of(resumed[0]), load_file(base / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not any(torch.equal(start[name], tensor) for name, tensor in expected.items())
+
+
+def test_checkpoint_goes_on_under_another_layout(unbroken: tuple[Path, Any], training: list[str], cli: Any, tmp_path: Path) -> None:
+    original, folder = unbroken[0], tmp_path / "run"
+    shutil.copytree(original, folder)
+    (folder / "checkpoints" / "latest").write_text("step_000004")
+    outcome = cli.run("train", *training, *PP2, "rollout.tensor_parallel_size=2", "algorithm.iterations=6", f"logging.folder={folder}")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert "step_000004: 4 of 6 iterations done" in outcome.stdout
+    found, expected = iterations_of(folder), iterations_of(original)[:6]
+    assert [row["iteration"] for row in found] == list(range(1, 7))
+    for mine, row in zip(found[4:], expected[4:], strict=True):  # the second of them also by the optimizer's state
+        print("layouts", {name: mine[f"update/{name}"] / row[f"update/{name}"] - 1 for name in ("loss", "grad_norm", "entropy_nats")})
+        assert mine["rollout/reward_mean"] == row["rollout/reward_mean"]
+        assert mine["update/loss"] == pytest.approx(row["update/loss"], rel=1e-4)
+        assert mine["update/grad_norm"] == pytest.approx(row["update/grad_norm"], rel=1e-4)
+        assert mine["update/entropy_nats"] == pytest.approx(row["update/entropy_nats"], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- several optimizer steps
+
+
+@pytest.mark.parametrize("name", ["pp2", "dp2"])
+def test_iteration_takes_several_optimizer_steps(two_steps: dict[str, tuple[Path, Any]], name: str) -> None:
+    folder, outcome = two_steps[name]
+    assert outcome.status == 0, outcome.stderr
+    assert left_nothing(outcome)
+    steps = rows_of(folder, "step")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert all(math.isfinite(value) for row in steps + iterations_of(folder) for value in row.values())
+    assert [row["update/clip_fraction"] > 0 for row in steps] == [False, True, False, True]
+    assert all(row["update/ratio_max"] == pytest.approx(1, abs=1e-4) for row in steps[::2])  # no weight has moved since the rollout
+    for row, first, second in zip(iterations_of(folder), steps[::2], steps[1::2], strict=True):
+        assert row["update/clip_fraction"] == pytest.approx((first["update/clip_fraction"] + second["update/clip_fraction"]) / 2)
+        assert {sample["step"] for sample in rollouts_of(folder, int(row["iteration"]) - 1)} == {0, 1}
+
+
+def test_layers_or_data_split_over_the_ranks_is_the_same_run(two_steps: dict[str, tuple[Path, Any]]) -> None:
+    by_layers, by_data = (iterations_of(two_steps[name][0])[0] for name in ("pp2", "dp2"))
+    names = (
+        "rollout/reward_mean",
+        "rollout/length_mean_tokens",
+        "update/loss",
+        "update/grad_norm",
+        "update/entropy_nats",
+        "update/ratio_max",
+    )
+    print("layouts", {name: by_layers[name] / by_data[name] - 1 for name in names})
+    for name in names:
+        assert by_layers[name] == pytest.approx(by_data[name], rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------- a rank dies
+
+
+def test_killed_rank_ends_the_run_with_its_name(training: list[str], cli: Any, tmp_path: Path) -> None:
+    command = cli.start("train", *training, *TP2, "algorithm.iterations=100000", "evaluation.sets=[]", f"logging.folder={tmp_path}")
+    command.wait_until(lambda: has_iteration(tmp_path, 2))
+    command.rank(1).kill()
+    start = time.monotonic()
+    outcome = command.wait(120)
+    assert time.monotonic() - start < 60
+    assert outcome.status == 1
+    assert outcome.stderr.startswith("rank 1 was ended by SIGKILL")
+    assert outcome.stderr.count("\n") == 1
+    assert left_nothing(outcome)
