@@ -88,7 +88,9 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if _is_finished(line, finished)]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.rename(path)
         self._rows = path.open("a")
         self._unit = next(iter(finished))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=finished[self._unit] + 1)

@@ -83,17 +83,18 @@ def pack(
     loss nor gradient under any objective of the table: they are left out of the forward pass, and stay in N and D.
     """
     trained = [sample for sample in samples if sample.advantage != 0.0 or not skip_zero_advantage]
-    width = max((len(sample.token_ids) for sample in trained), default=0) if rules.pad_sequences else 0
+    longest = max((len(sample.token_ids) for sample in trained), default=1)
+    width = longest if rules.pad_sequences else 0
     ranks = _balance(trained, rules.data_parallel_size)
     bins = [_fill(rank_samples, rules.micro_batch_tokens, width) for rank_samples in ranks]
-    longest = max(1, *(len(rank_bins) for rank_bins in bins))
-    count = -(-longest // rules.micro_batches_multiple) * rules.micro_batches_multiple
+    most = max(1, *(len(rank_bins) for rank_bins in bins))
+    count = -(-most // rules.micro_batches_multiple) * rules.micro_batches_multiple
     mine = bins[data_rank] + [[] for _ in range(count - len(bins[data_rank]))]
     totals = [_num_tokens(members, rules.tokens_multiple, width) for members in mine]
     if rules.equal_micro_batches:
         totals = [max(totals)] * count
     micro_batches = tuple(
-        _make_micro_batch(members, total, width, token_weight, denominator if data_rank == 0 and index == 0 else 0)
+        _make_micro_batch(members, total, width, longest, token_weight, denominator if data_rank == 0 and index == 0 else 0)
         for index, (members, total) in enumerate(zip(mine, totals, strict=True))
     )
     return GlobalBatch(micro_batches, len(samples), denominator)
@@ -133,7 +134,7 @@ def _num_tokens(samples: Sequence[Sample], multiple: int, width: int) -> int:
 
 
 def _make_micro_batch(
-    samples: Sequence[Sample], total: int, width: int, token_weight: Callable[[int], float], denominator: int
+    samples: Sequence[Sample], total: int, width: int, longest: int, token_weight: Callable[[int], float], denominator: int
 ) -> MicroBatch:
     tokens: list[int] = []
     positions: list[int] = []
@@ -154,9 +155,9 @@ def _make_micro_batch(
         tokens.extend((*sample.token_ids, *[0] * (padded - len(sample.token_ids))))
         positions.extend(range(padded))
         boundaries.append(len(tokens))
-    longest = max((end - start for start, end in pairwise(boundaries)), default=total)
-    while len(tokens) < total:  # sequences of padding, in no loss, none longer than the real ones
-        size = min(longest, total - len(tokens))
+    limit = max((end - start for start, end in pairwise(boundaries)), default=longest)
+    while len(tokens) < total:  # sequences of padding, in no loss, none longer than a real one
+        size = min(limit, total - len(tokens))
         tokens.extend([0] * size)
         positions.extend(range(size))
         boundaries.append(len(tokens))
@@ -164,7 +165,7 @@ def _make_micro_batch(
         token_ids_T=torch.tensor(tokens, dtype=torch.int64),
         position_ids_T=torch.tensor(positions, dtype=torch.int64),
         cu_seqlens_S1=torch.tensor(boundaries, dtype=torch.int32),
-        max_seqlen=longest,
+        max_seqlen=max(end - start for start, end in pairwise(boundaries)),
         rows_R=torch.tensor(rows, dtype=torch.int64),
         targets_R=torch.tensor(targets, dtype=torch.int64),
         advantages_R=torch.tensor(advantages, dtype=torch.float32),

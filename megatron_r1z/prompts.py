@@ -113,10 +113,13 @@ def load_tokenizer(folder: str | Path) -> Any:
     except ImportError as error:
         raise MissingExtraError("reading a tokenizer needs transformers; run `pip install transformers`.") from error
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises its own Exception types for a malformed tokenizer.json
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"no tokenizer can be read from {folder}: {first_line.rstrip('.')}.") from error
+    if not tokenizer("A 1").input_ids:  # what transformers 5 makes of a folder without tokenizer.json
+        raise DataError(f"no tokenizer can be read from {folder}: it turns every text into nothing; copy tokenizer.json there.")
+    return tokenizer
 
 
 def make_template(config: DataConfig, tokenizer: Tokenizer) -> Template:

@@ -135,6 +135,13 @@ def _response(completion: Any, version: int) -> Response:
         text=completion.text,
         token_ids=tuple(completion.token_ids),
         logprobs=tuple(completion.logprobs.logprobs),
-        finish_reason=FinishReason(completion.finish_reason),
+        finish_reason=_finish_reason(completion.finish_reason),
         policy_version=version,
     )
+
+
+def _finish_reason(reason: str | None) -> FinishReason:
+    try:
+        return FinishReason(reason)
+    except ValueError as error:
+        raise EngineError(f"vLLM ended a response with '{reason}'; its own log says why, see VLLM_LOGGING_LEVEL=INFO.") from error

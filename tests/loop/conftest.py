@@ -168,7 +168,7 @@ class Task:
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     folder = tmp_path_factory.mktemp("task")
     subprocess.run([sys.executable, "examples/quickstart/make_task.py", folder], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    documents = [row for row in map(json.loads, (folder / "corpus.jsonl").open()) if row["level"] == "sum-3"]
+    documents = [row for row in map(json.loads, (folder / "corpus.jsonl").read_text().splitlines()) if row["level"] == "sum-3"]
     prompts = sorted({row["prompt"] for row in documents})
     questions = [{"problem": prompt, "answer": str(sum(map(int, re.findall(r"\d", prompt))))} for prompt in prompts]
     easy = Task(folder / "model", folder / "easy_corpus.jsonl", folder / "easy_questions.jsonl")
@@ -198,5 +198,5 @@ def base(pretraining: list[str], cli: CommandLine, tmp_path_factory: pytest.Temp
     """A model that solves about a sixth of the questions, so that groups are mixed and have a gradient."""
     folder = tmp_path_factory.mktemp("base")
     outcome = cli.run("pretrain", *pretraining, f"logging.folder={folder}")
-    assert outcome.status == 0, outcome.stderr
+    assert (outcome.status, outcome.stderr) == (0, "")
     return folder / "hf" / "final"

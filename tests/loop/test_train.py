@@ -27,7 +27,7 @@ TP2 = ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=1", "
 PP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=2")
 DP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1")
 TWO_ENGINES = ("rollout.tensor_parallel_size=1",)
-TWO_STEPS = ("algorithm.train_batch_size=16", "optimizer.lr=3e-3")  # a large step, so that some ratios of the second are clipped
+TWO_STEPS = ("algorithm.train_batch_size=16", "optimizer.lr=1e-4", "algorithm.clip_low=0.02", "algorithm.clip_high=0.02")
 
 GREEDY = """
 import json, os, sys
@@ -55,6 +55,7 @@ def training(base: Path, task: Any) -> list[str]:
         f"rollout.max_response_tokens={BUDGET}",
         "algorithm.train_batch_size=32",
         f"algorithm.iterations={ITERATIONS}",
+        "optimizer.lr=3e-5",
         "checkpoint.every=4",
     ]
 
@@ -68,7 +69,7 @@ def unbroken(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def resumed(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, int, Any]:
-    """The same run, stopped by SIGINT after iteration 2 and started again: folder, first outcome, iteration it stopped at, second outcome."""
+    """The same run, stopped by SIGINT after iteration 2 and started again: folder, outcome, iteration it stopped at, second outcome."""
     folder = tmp_path_factory.mktemp("resumed")
     command = cli.start("train", *training, *TP2, f"logging.folder={folder}")
     command.wait_until(lambda: has_iteration(folder, 2))
@@ -121,6 +122,13 @@ def rollouts_of(folder: Path, iteration: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in zstandard.decompress(payload).decode().splitlines()]
 
 
+def are_close(row: dict[str, float], expected: dict[str, float]) -> bool:
+    """The figures of an update, to float32's noise."""
+    pairs = {name: (row[f"update/{name}"], expected[f"update/{name}"]) for name in ("loss", "grad_norm", "entropy_nats", "ratio_max")}
+    print("differences", {name: abs(mine - other) for name, (mine, other) in pairs.items()})
+    return all(mine == pytest.approx(other, rel=1e-4, abs=1e-7) for mine, other in pairs.values())
+
+
 def left_nothing(outcome: Any) -> bool:
     return outcome.processes == outcome.segments == []
 
@@ -145,8 +153,8 @@ def test_every_iteration_has_a_row_of_finite_figures(unbroken: tuple[Path, Any])
     rows = iterations_of(unbroken[0])
     assert [row["iteration"] for row in rows] == list(range(1, ITERATIONS + 1))
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    assert any(row["update/grad_norm"] > 0 for row in rows)  # the comparisons below are about something
-    assert 0 < sum(row["rollout/reward_mean"] for row in rows) < ITERATIONS
+    assert all(0 < row["rollout/reward_mean"] < 1 for row in rows)  # the comparisons below are about something
+    assert all(row["update/grad_norm"] > 0 for row in rows)
     assert all(row["update/mismatch_max_nats"] < 1e-4 for row in rows)  # after every refit, not only the first
 
 
@@ -244,11 +252,8 @@ def test_checkpoint_goes_on_under_another_layout(unbroken: tuple[Path, Any], tra
     found, expected = iterations_of(folder), iterations_of(original)[:6]
     assert [row["iteration"] for row in found] == list(range(1, 7))
     for mine, row in zip(found[4:], expected[4:], strict=True):  # the second of them also by the optimizer's state
-        print("layouts", {name: mine[f"update/{name}"] / row[f"update/{name}"] - 1 for name in ("loss", "grad_norm", "entropy_nats")})
         assert mine["rollout/reward_mean"] == row["rollout/reward_mean"]
-        assert mine["update/loss"] == pytest.approx(row["update/loss"], rel=1e-4)
-        assert mine["update/grad_norm"] == pytest.approx(row["update/grad_norm"], rel=1e-4)
-        assert mine["update/entropy_nats"] == pytest.approx(row["update/entropy_nats"], rel=1e-4)
+        assert are_close(mine, row)
 
 
 # ---------------------------------------------------------------------------------------------------------- several optimizer steps
@@ -271,17 +276,8 @@ def test_iteration_takes_several_optimizer_steps(two_steps: dict[str, tuple[Path
 
 def test_layers_or_data_split_over_the_ranks_is_the_same_run(two_steps: dict[str, tuple[Path, Any]]) -> None:
     by_layers, by_data = (iterations_of(two_steps[name][0])[0] for name in ("pp2", "dp2"))
-    names = (
-        "rollout/reward_mean",
-        "rollout/length_mean_tokens",
-        "update/loss",
-        "update/grad_norm",
-        "update/entropy_nats",
-        "update/ratio_max",
-    )
-    print("layouts", {name: by_layers[name] / by_data[name] - 1 for name in names})
-    for name in names:
-        assert by_layers[name] == pytest.approx(by_data[name], rel=1e-4)
+    assert by_layers["rollout/reward_mean"] == by_data["rollout/reward_mean"]
+    assert are_close(by_layers, by_data)
 
 
 # --------------------------------------------------------------------------------------------------------------------- a rank dies
@@ -295,6 +291,5 @@ def test_killed_rank_ends_the_run_with_its_name(training: list[str], cli: Any, t
     outcome = command.wait(120)
     assert time.monotonic() - start < 60
     assert outcome.status == 1
-    assert outcome.stderr.startswith("rank 1 was ended by SIGKILL")
-    assert outcome.stderr.count("\n") == 1
+    assert outcome.stderr.splitlines()[-1].startswith("rank 1 was ended by SIGKILL")
     assert left_nothing(outcome)

@@ -1,0 +1,86 @@
+"""`megatron-r1z pretrain` from the command line: the same losses under every layout, and an interruption that leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+STEPS = 20
+LAYOUTS = {
+    "one-rank": ("parallel.num_ranks=1",),
+    "dp2": ("parallel.num_ranks=2",),
+    "tp2": ("parallel.num_ranks=2", "parallel.tensor_parallel_size=2"),
+    "pp2": ("parallel.num_ranks=2", "parallel.pipeline_parallel_size=2"),
+}
+
+
+@pytest.fixture(scope="session")
+def arguments(pretraining: list[str]) -> list[str]:
+    short = [f"corpus.steps={STEPS}", "corpus.documents_per_step=32", "optimizer.warmup_steps=2", f"optimizer.decay_steps={STEPS}"]
+    return [*pretraining, *short, "parallel.micro_batch_tokens=256", "checkpoint.every=8"]
+
+
+@pytest.fixture(scope="session")
+def runs(arguments: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of an unbroken run of each layout."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in LAYOUTS}
+    for name, layout in LAYOUTS.items():
+        outcome = cli.run("pretrain", *arguments, *layout, f"logging.folder={folders[name]}")
+        assert (outcome.status, outcome.stderr) == (0, "")
+        assert outcome.processes == outcome.segments == []
+    return folders
+
+
+@pytest.fixture(scope="session")
+def resumed(arguments: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """The tensor-parallel run stopped by SIGINT after step 3 and started again: folder and both outcomes."""
+    folder = tmp_path_factory.mktemp("resumed")
+    words = ["pretrain", *arguments, *LAYOUTS["tp2"], f"logging.folder={folder}"]
+    command = cli.start(*words)
+    command.wait_until(lambda: len(rows_of(folder)) >= 3)
+    command.process.send_signal(signal.SIGINT)
+    return folder, command.wait(), cli.run(*words)
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "hf" / "final" / "model.safetensors")
+
+
+def test_loss_falls(runs: dict[str, Path]) -> None:
+    rows = rows_of(runs["one-rank"])
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["pretrain/loss"] < 0.6 * rows[0]["pretrain/loss"]
+
+
+@pytest.mark.parametrize("name", ["dp2", "tp2", "pp2"])
+def test_every_layout_has_the_same_loss_curve(runs: dict[str, Path], name: str) -> None:
+    for quantity in ("loss", "grad_norm", "entropy_nats", "trained_tokens", "learning_rate"):
+        expected, found = ([row[f"pretrain/{quantity}"] for row in rows_of(runs[layout])] for layout in ("one-rank", name))
+        print("differences", name, quantity, max(abs(mine - other) for mine, other in zip(found, expected, strict=True)))
+        assert found == pytest.approx(expected, rel=1e-5 if quantity == "loss" else 1e-4)
+
+
+def test_interrupt_ends_with_130_after_a_checkpoint(resumed: tuple[Path, Any, Any]) -> None:
+    _, stopped, outcome = resumed
+    assert stopped.status == 130
+    assert stopped.processes == stopped.segments == []
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert f"of {STEPS} steps done" in outcome.stdout
+
+
+def test_resumed_run_is_an_unbroken_one(runs: dict[str, Path], resumed: tuple[Path, Any, Any]) -> None:
+    assert rows_of(resumed[0]) == rows_of(runs["tp2"])
+    found = weights_of(resumed[0])
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights_of(runs["tp2"]).items())
