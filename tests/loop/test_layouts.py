@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_r1z.types import Sample
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 311  # no multiple of anything: the vocabulary is padded under tensor parallelism
 TEMPERATURE = 0.7
 LENGTH_CONSTANT = 100

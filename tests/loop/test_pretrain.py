@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 LAYOUTS = {
     "one-rank": ("parallel.num_ranks=1",),
