@@ -10,11 +10,21 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from megatron_r1z.config import PretrainConfig, TrainConfig, load_config
 from megatron_r1z.errors import R1ZError, UsageError
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
+
+if TYPE_CHECKING:
+    from megatron_r1z.assemble import Weights
+    from megatron_r1z.loop import Run
+    from megatron_r1z.pretrain import Pretraining
+
+Config = TypeVar("Config", TrainConfig, PretrainConfig)
+AnyRun = TypeVar("AnyRun", "Run", "Pretraining")
 
 EXAMPLES = {
     "train": "megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 logging.folder=runs/try",
@@ -100,27 +110,27 @@ def _check_pretrain(config: PretrainConfig) -> None:
 
 
 def _train_rank(config: TrainConfig) -> int:
-    from megatron_r1z.assemble import export_policy, joined_ranks, made_run, plan_weights
+    from megatron_r1z.assemble import made_run
     from megatron_r1z.loop import train
 
-    with joined_ranks(config):
-        weights = plan_weights(config)
-        with made_run(config, weights) as run:
-            finished = train(run)
-            if finished and config.checkpoint.export:
-                export_policy(config, weights, run.policy, run.folder / "hf" / "final")
-            _say_where(run.log.say, run.folder, finished, config.checkpoint.export)
-    return 0 if finished else STOPPED
+    return _be_rank(config, made_run, train)
 
 
 def _pretrain_rank(config: PretrainConfig) -> int:
-    from megatron_r1z.assemble import export_policy, joined_ranks, made_pretraining, plan_weights
+    from megatron_r1z.assemble import made_pretraining
     from megatron_r1z.pretrain import pretrain
+
+    return _be_rank(config, made_pretraining, pretrain)
+
+
+def _be_rank(config: Config, make: Callable[[Config, Weights], AbstractContextManager[AnyRun]], work: Callable[[AnyRun], bool]) -> int:
+    """Build the run's parts, do its work, export what came of it and say where it is."""
+    from megatron_r1z.assemble import export_policy, joined_ranks, plan_weights
 
     with joined_ranks(config):
         weights = plan_weights(config)
-        with made_pretraining(config, weights) as run:
-            finished = pretrain(run)
+        with make(config, weights) as run:
+            finished = work(run)
             if finished and config.checkpoint.export:
                 export_policy(config, weights, run.policy, run.folder / "hf" / "final")
             _say_where(run.log.say, run.folder, finished, config.checkpoint.export)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_r1z.errors import DataError
-from megatron_r1z.layout.blocks import Block, Layout, covered, hf_layout
+from megatron_r1z.layout.blocks import Block, Layout, box_slices, covered, hf_layout
 from megatron_r1z.layout.families import ModelShape, hf_tensors
 from megatron_r1z.layout.plan import make_plan
 from megatron_r1z.reshard.execute import execute
@@ -224,12 +224,8 @@ def _load_blocks(
             raise DataError(f"{path} has no tensor {block.tensor}, though the index says so.") from error
         if tuple(tensor.get_shape()) != shapes[block.tensor]:
             raise DataError(f"{path}: {block.tensor} has shape {tensor.get_shape()}; config.json says {list(shapes[block.tensor])}.")
-        target = parameters[block.parameter].detach()[_slices(block.local_start, block.size)]
-        target.copy_(tensor[_slices(block.start, block.size)])
-
-
-def _slices(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))
+        target = parameters[block.parameter].detach()[box_slices(block.local_start, block.size)]
+        target.copy_(tensor[box_slices(block.start, block.size)])
 
 
 # --- writing ---

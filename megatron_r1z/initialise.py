@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_r1z.layout.blocks import Layout
+from megatron_r1z.layout.blocks import Layout, box_slices
 from megatron_r1z.layout.families import ModelShape, TensorSpec, hf_tensors
 
 EMBEDDING_STD = 0.02
@@ -33,7 +33,7 @@ def random_weights(shape: ModelShape, layout: Layout, rank: int, parameters: Map
         if spec.name in blocks_of:
             tensor = random_tensor(spec, seed)
             for block in (blocks[index] for index in blocks_of[spec.name]):
-                parameters[block.parameter][_box(block.local_start, block.size)] = tensor[_box(block.start, block.size)].to(
+                parameters[block.parameter][box_slices(block.local_start, block.size)] = tensor[box_slices(block.start, block.size)].to(
                     parameters[block.parameter]
                 )
 
@@ -47,7 +47,3 @@ def random_tensor(spec: TensorSpec, seed: int) -> Tensor:
     is_vocabulary = "embed_tokens" in spec.name or "lm_head" in spec.name
     std = EMBEDDING_STD if is_vocabulary else LINEAR_GAIN / math.sqrt(spec.shape[1])
     return torch.randn(spec.shape, generator=generator) * std
-
-
-def _box(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))

@@ -210,7 +210,7 @@ def _evaluate(run: Run) -> None:
     sampling = Sampling(evaluation.samples, rollout.max_response_tokens, evaluation.temperature, 1.0, -1, run.stop, seed=rollout.seed)
     with run.watch.phase("evaluate"):
         metrics = evaluate_sets(run.evaluation, run.engine, run.grader, sampling)
-    run.log.write("iteration", run.state.iteration, metrics)
+    run.log.write("iteration", run.state.iteration, metrics | run.watch.lap())
     accuracies = {name.removeprefix("evaluation/"): value for name, value in metrics.items() if name.endswith("_accuracy")}
     run.log.say(f"iteration {run.state.iteration}: " + ", ".join(f"{name} {value:.3f}" for name, value in accuracies.items()))
 
@@ -219,6 +219,7 @@ def _save(run: Run) -> RunState:
     state = run.state
     with run.watch.phase("checkpoint"):
         run.checkpoints.save(state.iteration, run.policy, {"iteration": state.iteration, "steps": state.steps, "prompts": state.prompts})
+    run.log.write("iteration", state.iteration, run.watch.lap())
     return state
 
 

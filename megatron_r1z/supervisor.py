@@ -39,6 +39,7 @@ from megatron_r1z.errors import R1ZError, UsageError
 STOPPED = 130
 """Exit status after a stop that was asked for: 128 + SIGINT, as a shell reports it."""
 
+_TRACKER_WARNING = "ignore:resource_tracker:UserWarning"  # of Python, about what a killed rank had open; the sentence says who died
 _SUPERVISOR_VARIABLE = "R1Z_SUPERVISOR"  # process id of the supervisor, in the environment of its ranks
 _ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets the same one
 _POLL_S = 0.05
@@ -469,6 +470,7 @@ def _start(rank: int, num_ranks: int, threads: int, port: int, folder: Path, com
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": ",".join(filter(None, (_TRACKER_WARNING, os.environ.get("PYTHONWARNINGS")))),
         _ERROR_FILE_VARIABLE: str(error_file.absolute()),
         _SUPERVISOR_VARIABLE: str(os.getpid()),
     }

@@ -25,6 +25,11 @@ ENGINE_VOCAB_MULTIPLE = 64
 """vLLM pads the vocabulary to this (`vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE`)."""
 
 
+def box_slices(start: Box, size: Box) -> tuple[slice, ...]:
+    """The index of a box in a tensor."""
+    return tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))
+
+
 class Block(NamedTuple):
     """A box of a checkpoint tensor and where it lies. A plain tuple, because a large model has hundreds of thousands."""
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1z.errors import RefitError
-from megatron_r1z.layout.blocks import Box
+from megatron_r1z.layout.blocks import Box, box_slices
 from megatron_r1z.layout.plan import Copy, Exchange, RankPlan
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -133,7 +133,7 @@ def _destination_box(destination: Mapping[str, Tensor], copy: Copy) -> Tensor:
 
 
 def _box(tensor: Tensor, start: Box, size: Box) -> Tensor:
-    return tensor.detach()[tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))]
+    return tensor.detach()[box_slices(start, size)]
 
 
 def _device_of(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> torch.device:

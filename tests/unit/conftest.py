@@ -1,8 +1,46 @@
-"""Settings of the unit tier."""
+"""Settings and the rank starter of the unit tier."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+
+import megatron_r1z
+
+RunRanks = Callable[..., None]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # megatron-core 0.16 imports a module of its own that it has deprecated.
     config.addinivalue_line("filterwarnings", "ignore:The 'megatron.core.transformer.custom_layers:DeprecationWarning")
+
+
+@pytest.fixture
+def run_ranks() -> RunRanks:
+    """`run_ranks(worker, num_ranks, *arguments)` runs `worker RANK NUM_RANKS *arguments` on all ranks; each must end with status 0."""
+    return _run_ranks
+
+
+def _run_ranks(worker: Path, num_ranks: int, *arguments: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(megatron_r1z.__file__).parents[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(rank), str(num_ranks), *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output

@@ -156,7 +156,15 @@ def test_workers_ignore_interrupts_load_nothing_heavy_and_end_on_close(make_pool
     assert pool.run([("echo", 4)])[0].result == 4
 
 
-def test_an_interrupted_run_leaves_no_stale_answers(make_pool: Callable[..., Pool]) -> None:
+@pytest.fixture
+def python_sigint() -> Iterator[None]:
+    """Python's own handler, which a process started in the background does not have (its shell ignores SIGINT)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_run_leaves_no_stale_answers(make_pool: Callable[..., Pool], python_sigint: None) -> None:
     pool = make_pool(timeout_s=20)
     pool.run([("echo", 0)])
     interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import megatron_r1z
 from megatron_r1z.policy.logprob import vocab_parallel_logprobs
 
 HIDDEN = 8
@@ -139,36 +136,13 @@ def test_gradient_accumulates_over_micro_batches_like_one() -> None:
     torch.testing.assert_close(torch.cat([half["hidden"] for half in halves]), whole["hidden"])
 
 
-def run_ranks(num_ranks: int, folder: Path) -> list[list[dict[str, Tensor]]]:
-    worker = Path(__file__).with_name("vocab_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(megatron_r1z.__file__).parents[1])}
-    command = [sys.executable, str(worker)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(num_ranks), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(num_ranks)]
-
-
-def test_a_vocabulary_over_two_ranks_is_one_vocabulary(tmp_path: Path) -> None:
+def test_a_vocabulary_over_two_ranks_is_one_vocabulary(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     """The last case gives the second rank nothing but padding."""
     cases = [make_case(1, 7, 22, 0), make_case(2, 7, 19, 3, 0.7), make_case(3, 0, 22, 0), make_case(4, 7, 10, 10, 1.3, 100)]
     torch.save(cases, tmp_path / "cases.pt")
-    for case, *parts in zip(cases, *run_ranks(2, tmp_path), strict=True):
+    run_ranks(Path(__file__).with_name("vocab_ranks.py"), 2, str(tmp_path))
+    results = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
+    for case, *parts in zip(cases, *results, strict=True):
         joined = {
             "logprobs": parts[0]["logprobs"],
             "entropy": parts[0]["entropy"],

@@ -1,4 +1,4 @@
-"""One rank of `test_execute.py`: `ranks.py CASE RANK NUM_RANKS FOLDER`. Asserts on its own share and ends with status 0."""
+"""One rank of `test_execute.py`: `ranks.py RANK NUM_RANKS CASE FOLDER`. Asserts on its own share and ends with status 0."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ CASES: Mapping[str, Callable[[int, int, Path], None]] = {
 }
 
 
-def main(names: str, rank: int, num_ranks: int, folder: Path) -> None:
+def main(rank: int, num_ranks: int, names: str, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
@@ -134,4 +134,4 @@ def main(names: str, rank: int, num_ranks: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

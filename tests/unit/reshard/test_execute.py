@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import megatron_r1z
 from megatron_r1z.errors import RefitError
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape
@@ -34,33 +31,13 @@ CONFIG = {
 }
 
 
-def run_ranks(cases: str, num_ranks: int, folder: Path) -> None:
-    worker = Path(__file__).with_name("ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(megatron_r1z.__file__).parents[1])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), cases, str(rank), str(num_ranks), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+WORKER = Path(__file__).with_name("ranks.py")
 
 
-def test_four_ranks_reshard_refit_and_export(tmp_path: Path) -> None:
+def test_four_ranks_reshard_refit_and_export(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    run_ranks("execute,refit,export", 4, tmp_path)
+    run_ranks(WORKER, 4, "execute,refit,export", str(tmp_path))
     names = sorted(path.name for path in (tmp_path / "export").iterdir())
     shards = [name for name in names if name.endswith(".safetensors")]
     assert names == ["config.json", *shards, "model.safetensors.index.json"]
@@ -70,8 +47,8 @@ def test_four_ranks_reshard_refit_and_export(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("export.*"))
 
 
-def test_a_rank_that_stays_away_is_named(tmp_path: Path) -> None:
-    run_ranks("late", 2, tmp_path)
+def test_a_rank_that_stays_away_is_named(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
+    run_ranks(WORKER, 2, "late", str(tmp_path))
 
 
 class ArrayEngine:
