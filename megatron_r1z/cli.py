@@ -1,20 +1,21 @@
 """The command line. Exit status: 0 success, 1 a run that failed, 2 a mistake that the user can put right, 130 stopped by a signal.
 
-`train` and `pretrain` start their ranks themselves; under torchrun the same command is one rank.
+`train`, `pretrain` and `evaluate` start their ranks themselves; under torchrun the same command is one rank.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from megatron_r1z.config import PretrainConfig, TrainConfig, load_config
+from megatron_r1z.config import EvaluateConfig, GradingConfig, GradingMode, PretrainConfig, RewardForm, TrainConfig, load_config
 from megatron_r1z.errors import R1ZError, UsageError
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
 
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", TrainConfig, PretrainConfig)
 AnyRun = TypeVar("AnyRun", "Run", "Pretraining")
 
+AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig
 EXAMPLES = {
     "train": "megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 logging.folder=runs/try",
     "pretrain": "megatron-r1z pretrain configs/quickstart-pretrain.yaml corpus.steps=200",
+    "evaluate": "megatron-r1z evaluate configs/quickstart.yaml model.path=runs/quickstart/rl/hf/final logging.folder=runs/try",
+    "data": "megatron-r1z data configs/quickstart.yaml",
+    "grade": "megatron-r1z grade --mode strict < answers.jsonl > verdicts.jsonl",
 }
 
 
@@ -52,19 +57,42 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, text in (
         ("train", _train, "reinforcement learning by Dr. GRPO from a run's YAML"),
         ("pretrain", _pretrain, "next-token training on text from a run's YAML"),
+        ("evaluate", _evaluate, "accuracy of a model folder or checkpoint on question files; goes on where it was stopped"),
+        ("data", _data, "what is in the question files of a run, and whether training holds evaluation questions"),
     ):
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example: {EXAMPLES[name]}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.add_argument("config", help="YAML file, see configs/ and megatron_r1z/config.py")
+        sub = _add_command(commands, name, command, text)
+        sub.add_argument("config", help="YAML file, see configs/ and docs/configuration.md")
         sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file")
-        sub.add_argument("--debug", action="store_true", help="show tracebacks")
-        sub.set_defaults(command=command)
+        if name == "data":
+            sub.add_argument("--json", metavar="FILE", help="write the report to FILE as well")
+    _add_grade(commands)
     return parser
+
+
+def _add_command(commands: Any, name: str, command: Callable[[argparse.Namespace, list[str]], int], text: str) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example: {EXAMPLES[name]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
+    sub.set_defaults(command=command)
+    return sub
+
+
+def _add_grade(commands: Any) -> None:
+    text = (
+        "verdicts on JSONL from standard input: each row has 'answer', or a 'response' with the answer in it, and 'reference'; "
+        "the rows come out with 'verdict' and 'reward'"
+    )
+    sub = _add_command(commands, "grade", _grade, text)
+    sub.add_argument("--mode", choices=get_args(GradingMode), default="strict", help="how answers are compared (docs/grading.md)")
+    forms = [form for form in get_args(RewardForm) if form != "auto"]
+    sub.add_argument("--reward", choices=forms, default="boxed", help="where a response has its answer")
+    sub.add_argument("--workers", type=int, default=1, help="processes that compare")
+    sub.add_argument("--timeout", type=float, default=GradingConfig.timeout_s, metavar="SECONDS", help="limit of one comparison")
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -77,8 +105,39 @@ def _pretrain(options: argparse.Namespace, arguments: list[str]) -> int:
     return _run(config, lambda: _check_pretrain(config), lambda: _pretrain_rank(config), options, arguments)
 
 
+def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load_config(EvaluateConfig, options.config, options.overrides)
+    return _run(config, lambda: _check_evaluate(config), lambda: _evaluate_rank(config), options, arguments)
+
+
+def _data(options: argparse.Namespace, _arguments: list[str]) -> int:
+    from megatron_r1z.data_report import make_report, render
+
+    report = make_report(load_config(TrainConfig, options.config, options.overrides))
+    print(render(report))
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _grade(options: argparse.Namespace, _arguments: list[str]) -> int:
+    from megatron_r1z.grade import grade_lines
+    from megatron_r1z.grading.comparer import Comparer
+    from megatron_r1z.grading.grader import EXTRACTORS
+
+    settings = GradingConfig(mode=options.mode, workers=options.workers, timeout_s=options.timeout)
+    comparer = Comparer(settings.mode, settings.workers, settings.timeout_s)
+    try:
+        comparer.self_test()
+        counts = grade_lines(sys.stdin, sys.stdout, comparer, EXTRACTORS[options.reward])
+    finally:
+        comparer.close()
+    print(", ".join(f"{count} {kind.value}" for kind, count in counts.items() if count) or "no rows", file=sys.stderr)
+    return 0
+
+
 def _run(
-    config: TrainConfig | PretrainConfig,
+    config: AnyConfig,
     check: Callable[[], None],
     rank_main: Callable[[], int],
     options: argparse.Namespace,
@@ -100,13 +159,21 @@ def _run(
 def _check_train(config: TrainConfig) -> None:
     from megatron_r1z.preflight import check_train
 
-    check_train(config)
+    for warning in check_train(config):
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's ranks one is enough
+            print(f"warning: {warning}", flush=True)
 
 
 def _check_pretrain(config: PretrainConfig) -> None:
     from megatron_r1z.preflight import check_pretrain
 
     check_pretrain(config)
+
+
+def _check_evaluate(config: EvaluateConfig) -> None:
+    from megatron_r1z.preflight import check_evaluate
+
+    check_evaluate(config)
 
 
 def _train_rank(config: TrainConfig) -> int:
@@ -121,6 +188,18 @@ def _pretrain_rank(config: PretrainConfig) -> int:
     from megatron_r1z.pretrain import pretrain
 
     return _be_rank(config, made_pretraining, pretrain)
+
+
+def _evaluate_rank(config: EvaluateConfig) -> int:
+    from megatron_r1z.assemble import joined_ranks, made_evaluation
+    from megatron_r1z.evaluate import evaluate
+
+    with joined_ranks(config), made_evaluation(config) as run:
+        finished = evaluate(run)
+        run.log.say(f"results      {run.folder}")
+        if not finished:
+            run.log.say("stopped on request; the same command goes on where it was stopped")
+    return 0 if finished else STOPPED
 
 
 def _be_rank(config: Config, make: Callable[[Config, Weights], AbstractContextManager[AnyRun]], work: Callable[[AnyRun], bool]) -> int:

@@ -20,7 +20,10 @@ import yaml
 from megatron_r1z.errors import ConfigError
 
 Template = Literal["r1", "qwen_math", "no", "few_shot", "chat"]
+GradingMode = Literal["strict", "fast", "math_verify"]
+RewardForm = Literal["auto", "boxed", "answer_tag", "answer_tag_lenient", "think_then_boxed"]
 Algorithm = Literal["drgrpo", "grpo", "rloo", "token_mean"]
+Scalar = str | int | float | bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,12 @@ class ModelConfig:
     """Start from random weights (pre-training from scratch) instead of the folder's."""
     seed: int = 0
     """Seed of the random weights."""
+    checkpoint: str | None = None
+    """Checkpoint of an earlier run (`.../checkpoints/step_000050`) whose weights are taken instead of the folder's."""
+
+    def __post_init__(self) -> None:
+        if self.random_init and self.checkpoint is not None:
+            raise ConfigError("model: random_init and checkpoint are two places for the weights to come from; set one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,34 +96,65 @@ class PrecisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionSource:
-    """One question file, JSONL or Parquet."""
+    """One question file (JSONL or Parquet) or one dataset of the Hugging Face Hub."""
 
-    path: str
-    """File name; `.jsonl` or `.parquet`."""
+    path: str | None = None
+    """File name; `.jsonl` or `.parquet`. Either this or `dataset`."""
+    dataset: str | None = None
+    """Instead of `path`: a name on the Hugging Face Hub such as `openai/gsm8k`, or a folder that holds a dataset."""
+    subset: str | None = None
+    """Configuration of `dataset`, such as `main`, where it has several."""
+    split: str = "train"
+    """Split of `dataset`."""
     weight: float = 1.0
     """Relative share of the draws."""
     problem_column: str = "problem"
     """Column of the question."""
     answer_column: str = "answer"
     """Column of the answer: text, a number, or a list of which any is right."""
+    answer_after: str | None = None
+    """The answer is what follows the last occurrence of this text, such as `"####"` (quoted, as YAML takes # for a comment)."""
+    where: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
+    """Use only rows whose columns have one of these values: `{level: [3, 4, 5], subject: Algebra}`."""
     limit: int | None = None
-    """Use only this many rows (from `offset`)."""
+    """Use only this many rows (from `offset`, of those that `where` leaves)."""
     offset: int = 0
-    """Skip this many rows first."""
+    """Skip this many rows first (of those that `where` leaves)."""
 
     def __post_init__(self) -> None:
+        self._check_place()
         if not self.weight > 0:
-            raise ConfigError(f"data: weight of {self.path} is {self.weight}; it must be above 0.")
+            raise ConfigError(f"data: weight of {self.label} is {self.weight}; it must be above 0.")
         if self.offset < 0 or (self.limit is not None and self.limit < 1):
-            raise ConfigError(f"data: {self.path} has offset {self.offset} and limit {self.limit}; use at least 0 and at least 1.")
+            raise ConfigError(f"data: {self.label} has offset {self.offset} and limit {self.limit}; use at least 0 and at least 1.")
+        if self.answer_after == "":
+            raise ConfigError(f"data: answer_after of {self.label} is empty; write the text behind which the answer stands, or null.")
+        for column, values in self.where.items():
+            if not values:
+                raise ConfigError(f"data: where of {self.label} allows no value of '{column}'; list at least one.")
+
+    def _check_place(self) -> None:
+        if self.path is None and self.dataset is None:
+            raise ConfigError("data: a source has neither path nor dataset; give it a file, or a dataset of the Hugging Face Hub.")
+        if self.path is not None and self.dataset is not None:
+            raise ConfigError(f"data: a source has path {self.path} and dataset {self.dataset}; set one of them to null.")
+        if self.path is not None and (self.subset is not None or self.split != "train"):
+            raise ConfigError(f"data: {self.path} is a file, and subset and split are parts of a dataset; choose rows of a file by where.")
+
+    @property
+    def label(self) -> str:
+        """What messages call it: the file, or `openai/gsm8k (main, test)`."""
+        if self.path is not None:
+            return self.path
+        return f"{self.dataset} ({self.split})" if self.subset is None else f"{self.dataset} ({self.subset}, {self.split})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Questions and how they are put to the model."""
 
-    train: tuple[QuestionSource, ...]
-    """Question files to train on, mixed by weight."""
+    train: tuple[QuestionSource, ...] = ()
+    """Question files to train on, mixed by weight; `evaluate` needs none."""
     template: Template = "r1"
     """`r1`, `qwen_math` and `no` are the paper's; `few_shot` puts the shots of `shots_path` first; `chat` is the model's own."""
     shots_path: str | None = None
@@ -128,8 +168,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "max_prompt_tokens")
-        if not self.train:
-            raise ConfigError("data.train is empty; give at least one question file.")
         if (self.template == "few_shot") != (self.shots_path is not None):
             raise ConfigError("data: template few_shot and shots_path go together; set both or neither.")
 
@@ -181,13 +219,32 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtraReward:
+    """A reward function of your own that is added to the reward."""
+
+    function: str
+    """`path.py:name`."""
+    weight: float = 1.0
+    """What its value is multiplied by; below 0 it is a penalty."""
+
+    @property
+    def name(self) -> str:
+        """What its figures are called: the name of the function."""
+        return self.function.rpartition(":")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
 class GradingConfig:
     """How a response becomes a reward."""
 
-    reward: Literal["boxed", "answer_tag", "auto"] = "auto"
+    mode: GradingMode = "strict"
+    """How an answer is compared with a reference; `fast` and `math_verify` are the paper's grader, mistakes included (docs/grading.md)."""
+    reward: RewardForm = "auto"
     """Where the answer is looked for; `auto`: answer tags under the r1 template, boxed otherwise."""
     function: str | None = None
     """A reward function of your own instead, as `path.py:name`."""
+    extra: tuple[ExtraReward, ...] = ()
+    """Rewards that are added to that one."""
     workers: int = 1
     """Grading processes of each rank."""
     timeout_s: float = 5.0
@@ -195,6 +252,10 @@ class GradingConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "workers", "timeout_s")
+        names = [item.name for item in self.extra]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"grading.extra has two functions called '{twice}'; their figures would collide, rename one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,11 +344,19 @@ class EvaluationConfig:
     """Responses to each question."""
     temperature: float = 0.0
     """0: greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1: off."""
 
     def __post_init__(self) -> None:
         _positive(self, "every", "samples")
         _not_negative(self, "temperature")
-        paths = [source.path for source in self.sets]
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"evaluation.top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"evaluation.samples is {self.samples} at temperature 0, where all responses to a question are the same; set a temperature."
+            )
+        paths = [source.label for source in self.sets]
         if len(set(paths)) < len(paths):
             raise ConfigError(
                 f"evaluation.sets names {next(path for path in paths if paths.count(path) > 1)} twice; its figures would collide."
@@ -342,11 +411,9 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        ranks, engine_tp = self.parallel.num_ranks, self.rollout.tensor_parallel_size
-        if ranks % engine_tp:
-            raise ConfigError(
-                f"rollout.tensor_parallel_size {engine_tp} does not divide the {ranks} ranks; engines are made of consecutive ranks."
-            )
+        if not self.data.train:
+            raise ConfigError("data.train is empty; give at least one question file.")
+        _check_engines(self.parallel, self.rollout)
         samples, step = self.rollout.samples_per_iteration, self.algorithm.train_batch_size
         if samples % step:
             raise ConfigError(
@@ -356,6 +423,41 @@ class TrainConfig:
             )
         if self.rollout.samples_per_prompt == 1:
             raise ConfigError("an advantage compares the samples of a prompt; rollout.samples_per_prompt is 1 and must be at least 2.")
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Longest prompt and response together."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+
+TRAINING_SECTIONS = ("algorithm", "optimizer", "checkpoint")
+"""Sections of a training run's file that an evaluation has no use for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """An evaluation of a model folder or checkpoint: `megatron-r1z evaluate`. A training run's file will do."""
+
+    model: ModelConfig
+    evaluation: EvaluationConfig
+    logging: LoggingConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.evaluation.sets:
+            raise ConfigError("evaluation.sets is empty; give at least one question file.")
+        if self.model.random_init:
+            raise ConfigError("model.random_init is true; an evaluation needs the weights of model.path or of model.checkpoint.")
+        _check_engines(self.parallel, self.rollout)
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go: `evaluation` in the run folder."""
+        return Path(self.logging.folder) / "evaluation"
 
     @property
     def max_model_tokens(self) -> int:
@@ -376,7 +478,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-Config = TypeVar("Config", TrainConfig, PretrainConfig)
+Config = TypeVar("Config", TrainConfig, PretrainConfig, EvaluateConfig)
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -395,6 +497,8 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
         raise ConfigError(f"{path} must hold sections such as 'model:' and 'data:'.")
     for override in overrides:
         _apply_override(tree, override)
+    if kind is EvaluateConfig:
+        tree = {name: section for name, section in tree.items() if name not in TRAINING_SECTIONS}
     return make_config(kind, tree)
 
 
@@ -407,12 +511,14 @@ def to_tree(config: Any) -> Any:
     """The inverse of `make_config`: plain mappings, lists and scalars, every field present."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {item.name: to_tree(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_tree(item) for key, item in config.items()}
     if isinstance(config, tuple):
         return [to_tree(item) for item in config]
     return config
 
 
-def dump_config(config: TrainConfig | PretrainConfig) -> str:
+def dump_config(config: TrainConfig | PretrainConfig | EvaluateConfig) -> str:
     """The resolved configuration as YAML; values that differ from their default carry `# default: ...`."""
     lines: list[str] = []
     for section in dataclasses.fields(config):
@@ -473,7 +579,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return _build_record(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return _build_optional(arguments, value, where)
+        return _build_union(arguments, value, where)
+    if origin is Mapping:
+        return _build_mapping(arguments, value, where)
     if origin is Literal:
         return _build_choice(arguments, value, where)
     if origin is tuple:
@@ -497,11 +605,23 @@ def _build_record(kind: type[Any], value: Any, where: str) -> Any:
     return kind(**{key: _build(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
 
 
-def _build_optional(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+def _build_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in arguments:
         return None
-    inner = next(argument for argument in arguments if argument is not type(None))
-    return _build(inner, value, where)
+    kinds = [argument for argument in arguments if argument is not type(None)]
+    if len(kinds) == 1:
+        return _build(kinds[0], value, where)
+    if not isinstance(value, tuple(kinds)):
+        raise ConfigError(f"{where} must be of type {' or '.join(kind.__name__ for kind in kinds)}, not {value!r}.")
+    return value
+
+
+def _build_mapping(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Lists by name; a value alone stands for a list of one."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{where} must be a mapping from names to values, such as {{name: [a, b]}}, not {value!r}.")
+    kind = arguments[1]
+    return {key: _build(kind, item if isinstance(item, list | tuple) else [item], f"{where}.{key}") for key, item in value.items()}
 
 
 def _build_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -532,6 +652,14 @@ def _build_scalar(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{where} must be of type {kind.__name__}, not {value!r}.")
     return value
+
+
+def _check_engines(parallel: ParallelConfig, rollout: RolloutConfig) -> None:
+    if parallel.num_ranks % rollout.tensor_parallel_size:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size {rollout.tensor_parallel_size} does not divide the {parallel.num_ranks} ranks; "
+            "engines are made of consecutive ranks."
+        )
 
 
 def _positive(record: Any, *names: str) -> None:

@@ -1,22 +1,163 @@
-"""Accuracy on held-out questions, sampled by the run's own engine."""
+"""Held-out questions put to an engine: every n iterations of a run, and by `megatron-r1z evaluate`."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
-from statistics import fmean
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from megatron_r1z import ranks
-from megatron_r1z.metrics import Metrics
+from megatron_r1z.config import EvaluateConfig, EvaluationConfig, RolloutConfig
+from megatron_r1z.errors import DataError
+from megatron_r1z.metrics import Console, Metrics
 from megatron_r1z.prompts import PromptSet
 from megatron_r1z.protocols import Engine, Grader, Sampling
+from megatron_r1z.scores import Attempt, QuestionResult, SetScore, make_results, render, score
+from megatron_r1z.supervisor import StopFlag
+from megatron_r1z.types import FinishReason, Prompt, VerdictKind
 
 
-def evaluate_sets(sets: Sequence[PromptSet], engine: Engine, grader: Grader, sampling: Sampling) -> Metrics:
-    """Share of rewards of 1 and mean response length of each set; all ranks call this and get the same figures."""
-    metrics: Metrics = {}
-    for item in sets:
-        graded = ranks.gather(grader.grade(engine.generate(item.prompts, sampling)))
-        rewards = [verdict.reward for group in graded for verdict in group.verdicts]
-        metrics[f"evaluation/{item.name}_accuracy"] = sum(reward == 1.0 for reward in rewards) / len(rewards)
-        metrics[f"evaluation/{item.name}_length_tokens"] = fmean(response.length for group in graded for response in group.group.responses)
+def evaluation_sampling(evaluation: EvaluationConfig, rollout: RolloutConfig, stop: tuple[str, ...]) -> Sampling:
+    """How the responses of an evaluation are sampled."""
+    return Sampling(
+        num_samples=evaluation.samples,
+        max_tokens=rollout.max_response_tokens,
+        temperature=evaluation.temperature,
+        top_p=evaluation.top_p,
+        top_k=-1,
+        stop=stop,
+        seed=rollout.seed,
+    )
+
+
+def evaluate_prompts(prompts: Sequence[Prompt], engine: Engine, grader: Grader, sampling: Sampling) -> list[QuestionResult]:
+    """The record of each prompt, in order; all ranks call this and get the same records."""
+    graded = sorted(grader.grade(engine.generate(prompts, sampling)), key=lambda item: item.group.group_id)
+    judge = grader.judge if grader.finds_answers else None
+    numbered = list(zip((item.group.group_id for item in graded), make_results(graded, judge), strict=True))
+    return [result for _, result in sorted(ranks.gather(numbered), key=lambda pair: pair[0])]
+
+
+def evaluation_metrics(item: SetScore) -> Metrics:
+    """The figures of a set that are worth a curve."""
+    metrics = {
+        f"evaluation/{item.name}_accuracy": item.accuracy,
+        f"evaluation/{item.name}_length_tokens": item.length.mean or 0.0,
+        f"evaluation/{item.name}_formatted_share": item.formatted_share,
+        f"evaluation/{item.name}_truncated_share": item.truncated_share,
+    }
+    if item.majority is not None:
+        metrics[f"evaluation/{item.name}_majority"] = item.majority
+        metrics |= {f"evaluation/{item.name}_pass_at_{k}": value for k, value in item.pass_at.items() if k > 1}
     return metrics
+
+
+@dataclass
+class Evaluation:
+    """The collaborators of one `megatron-r1z evaluate` on this rank."""
+
+    config: EvaluateConfig
+    sets: Sequence[PromptSet]
+    engine: Engine
+    grader: Grader
+    sampling: Sampling
+    log: Console
+    stop_flag: StopFlag
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.config.folder
+
+    @property
+    def questions_per_chunk(self) -> int:
+        """Questions after which the responses are on disk: what all engines sample side by side."""
+        engines = self.config.parallel.num_ranks // self.config.rollout.tensor_parallel_size
+        return max(1, self.config.rollout.max_concurrent_sequences * engines // self.config.evaluation.samples)
+
+
+def evaluate(run: Evaluation) -> bool:
+    """Evaluate what is left of every set and write scores; True when all is done, False when the run was asked to stop."""
+    scores = []
+    for item in run.sets:
+        results = _evaluate_set(run, item)
+        if len(results) < len(item.prompts):
+            return False
+        scores.append(score(item.name, results))
+    if dist.get_rank() == 0:
+        _write_scores(run.folder / "scores.json", run.config, scores)
+    run.log.say("\n" + render(scores) + "\n")
+    return True
+
+
+def _evaluate_set(run: Evaluation, item: PromptSet) -> list[QuestionResult]:
+    """The records of a set, those on disk first. Chunks are the same in every run, so that a resumed one samples what was missed alike."""
+    path, size = run.folder / f"{item.name}.jsonl", run.questions_per_chunk
+    results = ranks.broadcast(_read_results(path, size, item.prompts) if dist.get_rank() == 0 else [])
+    if results:
+        run.log.say(f"{item.name}: {len(results)} of {len(item.prompts)} questions are in {path}")
+    while len(results) < len(item.prompts) and not ranks.any_rank(run.stop_flag.requested):
+        run.log.phase(f"{item.name}: question {len(results) + 1} of {len(item.prompts)}")
+        chunk = evaluate_prompts(item.prompts[len(results) : len(results) + size], run.engine, run.grader, run.sampling)
+        if dist.get_rank() == 0:
+            _append_results(path, chunk)
+        results += chunk
+        accuracy = score(item.name, results).accuracy
+        run.log.say(f"{item.name}: {len(results)} of {len(item.prompts)} questions, accuracy so far {accuracy:.1%}")
+    return results
+
+
+def _read_results(path: Path, chunk: int, prompts: Sequence[Prompt]) -> list[QuestionResult]:
+    """The records of the complete chunks on disk; the rest of the file, which a killed run may have left, is cut off."""
+    if not path.exists():
+        return []
+    complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    kept = complete if len(complete) == len(prompts) else complete[: len(complete) // chunk * chunk]
+    results = [_from_row(json.loads(line)) for line in kept]
+    if [result.prompt for result in results] != [prompt.text for prompt in prompts[: len(results)]]:
+        raise DataError(f"{path} holds responses to other questions; choose another logging.folder, or delete that file to start again.")
+    with path.open("r+b") as file:
+        file.truncate(sum(map(len, kept)))
+    return results
+
+
+def _append_results(path: Path, results: Sequence[QuestionResult]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write("".join(f"{json.dumps(_to_row(result))}\n" for result in results).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_row(result: QuestionResult) -> dict[str, Any]:
+    row = asdict(result)
+    for attempt in row["attempts"]:
+        attempt |= {"finish_reason": attempt["finish_reason"].value, "verdict": attempt["verdict"].value}
+    return row
+
+
+def _from_row(row: dict[str, Any]) -> QuestionResult:
+    attempts = tuple(
+        Attempt(**item | {"finish_reason": FinishReason(item["finish_reason"]), "verdict": VerdictKind(item["verdict"])})
+        for item in row["attempts"]
+    )
+    return QuestionResult(**row | {"answers": tuple(row["answers"]), "attempts": attempts})
+
+
+def _write_scores(path: Path, config: EvaluateConfig, scores: Sequence[SetScore]) -> None:
+    tree = {
+        "model": config.model.checkpoint or config.model.path,
+        "template": config.data.template,
+        "grading": config.grading.function or config.grading.mode,
+        "temperature": config.evaluation.temperature,
+        "mean_accuracy": sum(item.accuracy for item in scores) / len(scores),
+        "sets": [item.to_tree() for item in scores],
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.rename(path)

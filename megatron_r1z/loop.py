@@ -21,7 +21,7 @@ from megatron_r1z import ranks
 from megatron_r1z.certificate import make_certificate
 from megatron_r1z.checkpoint import Checkpoints
 from megatron_r1z.config import TrainConfig
-from megatron_r1z.evaluate import evaluate_sets
+from megatron_r1z.evaluate import evaluate_prompts, evaluation_metrics, evaluation_sampling
 from megatron_r1z.metrics import Metrics, RunLog, Stopwatch, combine_steps, refit_metrics, rollout_metrics, update_metrics
 from megatron_r1z.objective import OBJECTIVES, Objective
 from megatron_r1z.packing import GlobalBatch, pack
@@ -30,6 +30,7 @@ from megatron_r1z.prompts import PromptSet, PromptStream
 from megatron_r1z.protocols import Engine, Grader, Sampling
 from megatron_r1z.reshard.refit import Refit
 from megatron_r1z.rollouts import save_rollouts
+from megatron_r1z.scores import score
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import GradedGroup, RefitReceipt, Sample, UpdateStats
 
@@ -206,13 +207,16 @@ def _is_due(run: Run, every: int) -> bool:
 def _evaluate(run: Run) -> None:
     if not run.evaluation:
         return
-    evaluation, rollout = run.config.evaluation, run.config.rollout
-    sampling = Sampling(evaluation.samples, rollout.max_response_tokens, evaluation.temperature, 1.0, -1, run.stop, seed=rollout.seed)
+    sampling = evaluation_sampling(run.config.evaluation, run.config.rollout, run.stop)
+    metrics: Metrics = {}
+    scores = []
     with run.watch.phase("evaluate"):
-        metrics = evaluate_sets(run.evaluation, run.engine, run.grader, sampling)
+        for item in run.evaluation:
+            scores.append(score(item.name, evaluate_prompts(item.prompts, run.engine, run.grader, sampling)))
+            metrics |= evaluation_metrics(scores[-1])
     run.log.write("iteration", run.state.iteration, metrics | run.watch.lap())
-    accuracies = {name.removeprefix("evaluation/"): value for name, value in metrics.items() if name.endswith("_accuracy")}
-    run.log.say(f"iteration {run.state.iteration}: " + ", ".join(f"{name} {value:.3f}" for name, value in accuracies.items()))
+    accuracies = (f"{item.name} {item.accuracy:.1%} ({item.low:.1%} - {item.high:.1%})" for item in scores)
+    run.log.say(f"iteration {run.state.iteration}, accuracy: " + ", ".join(accuracies))
 
 
 def _save(run: Run) -> RunState:

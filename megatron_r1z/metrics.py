@@ -23,8 +23,8 @@ def rollout_metrics(graded: Sequence[GradedGroup]) -> Metrics:
     """Rewards, lengths and verdicts of one iteration."""
     pairs = [pair for item in graded for pair in zip(item.group.responses, item.verdicts, strict=True)]
     lengths = [response.length for response, _ in pairs]
-    right = [response.length for response, verdict in pairs if verdict.reward > 0]
-    wrong = [response.length for response, verdict in pairs if verdict.reward <= 0]
+    right = [response.length for response, verdict in pairs if verdict.kind is VerdictKind.CORRECT]
+    wrong = [response.length for response, verdict in pairs if verdict.kind is not VerdictKind.CORRECT]
     kinds = Counter(verdict.kind for _, verdict in pairs)
     mixed = sum(len({verdict.reward for verdict in item.verdicts}) > 1 for item in graded)
     metrics = {
@@ -38,7 +38,12 @@ def rollout_metrics(graded: Sequence[GradedGroup]) -> Metrics:
         metrics["rollout/length_right_tokens"] = fmean(right)
     if wrong:
         metrics["rollout/length_wrong_tokens"] = fmean(wrong)
-    return metrics | {f"grading/{kind.value}_share": kinds[kind] / len(pairs) for kind in VerdictKind}
+    metrics |= {f"grading/{kind.value}_share": kinds[kind] / len(pairs) for kind in VerdictKind}
+    extras = [value for _, verdict in pairs for value in verdict.extra]
+    return metrics | {
+        f"grading/extra_{name}_mean": fmean(value for other, value in extras if other == name)
+        for name in dict.fromkeys(n for n, _ in extras)
+    }
 
 
 def update_metrics(stats: UpdateStats) -> Metrics:
@@ -75,25 +80,10 @@ _COMBINE: dict[str, Callable[[list[float]], float]] = {
 }
 
 
-class RunLog:
-    """Writes a run's figures to `metrics.jsonl` and tensorboard and tells a person what is going on; rank 0 has one, others `SilentLog`."""
+class Console:
+    """Tells a person what is going on."""
 
-    def __init__(self, folder: Path, finished: Mapping[str, int]) -> None:
-        """Open the files of a run that goes on after `finished`: the last finished number of each unit, the main one first.
-
-        What an earlier process logged beyond that is dropped, since it will happen again. Tensorboard shows the main unit.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if _is_finished(line, finished)]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.rename(path)
-        self._rows = path.open("a")
-        self._unit = next(iter(finished))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=finished[self._unit] + 1)
+    def __init__(self) -> None:
         self._columns: tuple[str, ...] = ()
         self._live = sys.stdout.isatty()
 
@@ -115,6 +105,36 @@ class RunLog:
             self.say("  ".join(f"{name:>{_width(name)}}" for name in cells))
         self.say("  ".join(f"{text:>{_width(name)}}" for name, text in cells.items()))
 
+    def close(self) -> None:
+        """End the live line."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._live:
+            print("\r\x1b[2K", end="")
+
+
+class RunLog(Console):
+    """The console of a run that also writes figures to `metrics.jsonl` and tensorboard; rank 0 has one, others `SilentLog`."""
+
+    def __init__(self, folder: Path, finished: Mapping[str, int]) -> None:
+        """Open the files of a run that goes on after `finished`: the last finished number of each unit, the main one first.
+
+        What an earlier process logged beyond that is dropped, since it will happen again. Tensorboard shows the main unit.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        super().__init__()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if _is_finished(line, finished)]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.rename(path)
+        self._rows = path.open("a")
+        self._unit = next(iter(finished))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=finished[self._unit] + 1)
+
     def write(self, unit: str, number: int, metrics: Metrics) -> None:
         """Figures of iteration or step `number`; `unit` is `iteration` or `step`."""
         self._rows.write(json.dumps({unit: number, "time": round(time.time(), 3), **metrics}) + "\n")
@@ -124,13 +144,9 @@ class RunLog:
 
     def close(self) -> None:
         """Flush everything."""
-        self._clear()
+        super().close()
         self._rows.close()
         self._board.close()
-
-    def _clear(self) -> None:
-        if self._live:
-            print("\r\x1b[2K", end="")
 
 
 class SilentLog(RunLog):

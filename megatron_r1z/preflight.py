@@ -10,25 +10,35 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1z.config import PretrainConfig, QuestionSource, TrainConfig
+from megatron_r1z.config import EvaluateConfig, PretrainConfig, TrainConfig, load_config, to_tree
 from megatron_r1z.corpus import check_corpus
+from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
 from megatron_r1z.export import locate_tensors
-from megatron_r1z.grading.grader import check_reward_function
+from megatron_r1z.grading.functions import check_reward_function
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.prompts import load_questions, load_tokenizer, make_template
+from megatron_r1z.prompts import load_question_sets, load_tokenizer, make_template
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM 0.32's CPU attention computes (its list, and 48, which was measured to work)."""
 MEGATRON_ROPE_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 """What megatron-core 0.16.1 has built in (`RotaryEmbedding._apply_scaling`); all Llama 3 models have these, apart from the factor."""
+WITHOUT_EFFECT_ON_RESPONSES = (
+    *("data.train", "data.seed", "evaluation.sets", "evaluation.every", "grading.workers", "logging.folder", "logging.rollouts"),
+    *("rollout.prompts_per_iteration", "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.top_k"),
+    *("rollout.tensor_parallel_size", "rollout.kv_cache_bytes", "rollout.max_concurrent_sequences"),
+)
+"""What may differ, besides the ranks, when an evaluation goes on; the question files are compared question by question."""
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
-def check_train(config: TrainConfig) -> None:
+def check_train(config: TrainConfig) -> list[str]:
     """Refuse a reinforcement learning run that cannot work.
+
+    Returns:
+        What can work and is hardly meant, one sentence each: evaluation questions that are also trained on.
 
     Raises:
         UsageError: one sentence with the numbers and what to do next.
@@ -38,11 +48,25 @@ def check_train(config: TrainConfig) -> None:
     engine_layout(shape, config.parallel.num_ranks, config.rollout.tensor_parallel_size)
     _check_head_size(shape)
     _check_lengths(config, shape)
-    tokenizer = load_tokenizer(config.model.path)
-    make_template(config.data, tokenizer)
-    _check_sources([*config.data.train, *config.evaluation.sets])
-    if config.grading.function is not None:
-        check_reward_function(config.grading.function)
+    _check_prompting(config)
+    return leak_warnings(load_question_sets(config.data.train), load_question_sets(config.evaluation.sets))
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Refuse an evaluation that cannot work, or that would mix its responses with those of another.
+
+    Raises:
+        UsageError: one sentence with the numbers and what to do next.
+    """
+    require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify"))
+    shape = load_shape(config.model.path)
+    _check_weights(config, shape)
+    engine_layout(shape, config.parallel.num_ranks, config.rollout.tensor_parallel_size)
+    _check_head_size(shape)
+    _check_lengths(config, shape)
+    _check_prompting(config)
+    load_question_sets(config.evaluation.sets)
+    _check_same_evaluation(config)
 
 
 def check_pretrain(config: PretrainConfig) -> None:
@@ -81,11 +105,8 @@ def require_libraries(modules: Sequence[str]) -> None:
 
 def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
     _check_folder(Path(config.logging.folder), config.checkpoint.resume)
-    shape, parallel = load_shape(config.model.path), config.parallel
-    topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
-    megatron_layout(shape, topology, 1)
-    if not config.model.random_init:
-        locate_tensors(config.model.path)
+    shape = load_shape(config.model.path)
+    _check_weights(config, shape)
     if shape.rope_scaling is not None and shape.rope_scaling != replace(MEGATRON_ROPE_SCALING, factor=shape.rope_scaling.factor):
         raise ConfigError(
             f"the model scales its rotary frequencies by {shape.rope_scaling}; of these Megatron takes the factor only and has "
@@ -97,6 +118,18 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
             "set optimizer.distributed=false on a machine without a GPU."
         )
     return shape
+
+
+def _check_weights(config: TrainConfig | PretrainConfig | EvaluateConfig, shape: ModelShape) -> None:
+    parallel, checkpoint = config.parallel, config.model.checkpoint
+    topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
+    megatron_layout(shape, topology, 1)
+    if checkpoint is not None and not (Path(checkpoint) / "state.json").exists():
+        raise ConfigError(
+            f"model.checkpoint {checkpoint} is not a complete checkpoint; name a folder such as runs/x/checkpoints/step_000050."
+        )
+    if checkpoint is None and not config.model.random_init:
+        locate_tensors(config.model.path)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -116,7 +149,7 @@ def _check_head_size(shape: ModelShape) -> None:
         )
 
 
-def _check_lengths(config: TrainConfig, shape: ModelShape) -> None:
+def _check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
     length, rollout = config.max_model_tokens, config.rollout
     if length > shape.max_positions:
         raise ConfigError(
@@ -132,9 +165,27 @@ def _check_lengths(config: TrainConfig, shape: ModelShape) -> None:
         )
 
 
-def _check_sources(sources: Sequence[QuestionSource]) -> None:
-    for source in sources:
-        load_questions(source)
+def _check_prompting(config: TrainConfig | EvaluateConfig) -> None:
+    """How questions are put and graded."""
+    make_template(config.data, load_tokenizer(config.model.path))
+    for function in [config.grading.function, *(item.function for item in config.grading.extra)]:
+        if function is not None:
+            check_reward_function(function)
+
+
+def _check_same_evaluation(config: EvaluateConfig) -> None:
+    """Everything that a response depends on must be as it was; more or fewer question files are no matter."""
+    path = config.folder / "config.yaml"
+    if not path.exists():
+        return
+    earlier = load_config(EvaluateConfig, path)
+    was, now = to_tree(earlier), to_tree(config)
+    for section, name in [(section, name) for section, fields in was.items() for name in fields]:
+        if section != "parallel" and f"{section}.{name}" not in WITHOUT_EFFECT_ON_RESPONSES and was[section][name] != now[section][name]:
+            raise ConfigError(
+                f"{path.parent} holds responses of an evaluation with {section}.{name} {was[section][name]!r}, which is now "
+                f"{now[section][name]!r}; choose another logging.folder, or delete that folder to start again."
+            )
 
 
 def _has_cuda() -> bool:

@@ -1,22 +1,22 @@
-"""Questions: their files, the templates that put them to the model, and the resumable order in which they are drawn.
+"""Questions: their sources, the templates that put them to the model, and the resumable order in which they are drawn.
 
-Standard library only; transformers and pyarrow are imported where a tokenizer or a Parquet file is opened.
+Standard library only; transformers, pyarrow and datasets are imported where a tokenizer, a Parquet file or a dataset is opened.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_r1z.config import DataConfig, QuestionSource
+from megatron_r1z.config import DataConfig, QuestionSource, Scalar
 from megatron_r1z.errors import DataError, MissingExtraError
 from megatron_r1z.order import SeededStream
-from megatron_r1z.rows import Row, iterate_rows
+from megatron_r1z.rows import Row, scan_rows
 from megatron_r1z.types import Prompt
 
 PLACEHOLDER = "{question}"
@@ -58,18 +58,37 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row of a question file.
+    """One row of a question file or a dataset.
 
     >>> Question("asdiv/17", "What is 1 + 1?", ("2",), "asdiv").source
     'asdiv'
     """
 
     question_id: str
-    """`<source>/<row>`, the row counted from 0 in the whole file."""
+    """`<source>/<row>`, the row counted from 0 in the whole file or split."""
     problem: str
     answers: tuple[str, ...]
     """Any of them is right."""
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSet:
+    """The questions of one source."""
+
+    name: str
+    questions: list[Question]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What became of the rows of one source: those before `offset` and behind `limit` are in none of the three."""
+
+    questions: list[Question]
+    faults: list[str]
+    """One sentence for each unfit row, with its place and what is wrong."""
+    num_filtered: int
+    """Rows that `where` leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +106,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The usable prompts of one question file."""
+    """The usable prompts of one source."""
 
     name: str
     prompts: list[Prompt]
@@ -166,33 +185,95 @@ def _load_shots(path: str) -> str:
 
 
 def load_questions(source: QuestionSource, name: str | None = None) -> list[Question]:
-    """The questions of one file from `offset`, at most `limit`, under the file's stem or `name`.
+    """The questions of one source that `where`, `offset` and `limit` choose, under the source's own name or `name`.
 
     Raises:
-        DataError: the file, or a row that is used, is unfit; the message names file, line and what is wrong.
+        DataError: the source, or a row that is used, is unfit; the message names file, line and what is wrong.
     """
-    name = name or Path(source.path).stem
-    stop = None if source.limit is None else source.offset + source.limit
-    rows = islice(iterate_rows(source.path), source.offset, stop)
-    questions = [_make_question(row, source, name) for row in rows]
-    if not questions:
+    reading = read_questions(source, name)
+    if reading.faults:
+        raise DataError(reading.faults[0])
+    if not reading.questions:
         chosen = f" from row {source.offset}" if source.offset else ""
-        raise DataError(f"{source.path} holds no questions{chosen}" + (" (limit 0)." if source.limit == 0 else "."))
-    return questions
+        raise DataError(f"{source.label} holds no questions{chosen}{_explain_filter(source) if reading.num_filtered else ''}.")
+    return reading.questions
+
+
+def load_question_sets(sources: Sequence[QuestionSource]) -> list[QuestionSet]:
+    """The questions of each of `sources` (training or evaluation), named as in the run.
+
+    Raises:
+        DataError: a source is unfit; the message names file, line and what is wrong.
+    """
+    return [QuestionSet(name, load_questions(source, name)) for source, name in zip(sources, name_sources(sources), strict=True)]
+
+
+def read_questions(source: QuestionSource, name: str | None = None) -> Reading:
+    """The chosen rows of one source, unfit ones judged and passed over.
+
+    Raises:
+        DataError: the file or the dataset as a whole cannot be read.
+    """
+    name = name or name_sources([source])[0]
+    questions: list[Question] = []
+    faults: list[str] = []
+    position = num_filtered = 0  # of a row among those that `where` leaves
+    for row in scan_rows(source):
+        if source.limit is not None and position == source.offset + source.limit:
+            break
+        try:
+            if not _matches(row, source.where):
+                num_filtered += 1
+                continue
+            if position >= source.offset:
+                questions.append(_make_question(row, source, name))
+        except DataError as error:
+            if position >= source.offset:
+                faults.append(str(error))
+        position += 1
+    return Reading(questions, faults, num_filtered)
+
+
+def _matches(row: Row, where: Mapping[str, Sequence[Scalar]]) -> bool:
+    return all(_is_one_of(row.get(column), values) for column, values in where.items())
+
+
+def _is_one_of(value: Any, allowed: Sequence[Scalar]) -> bool:
+    # 3 is 3.0, but true is not 1
+    return any(value == entry and isinstance(value, bool) == isinstance(entry, bool) for entry in allowed)
+
+
+def _explain_filter(source: QuestionSource, at_most: int = 10) -> str:
+    """For a source of which `where` leaves nothing: the column that never matches and values that it has."""
+    rows = list(scan_rows(source))
+    for column, allowed in source.where.items():
+        if not any(_is_one_of(row.get(column), allowed) for row in rows):
+            found = sorted({reprlib.repr(row.get(column)) for row in rows})
+            more = ", ..." if len(found) > at_most else ""
+            return f": where allows {', '.join(map(repr, allowed))} and '{column}' is {', '.join(found[:at_most])}{more}"
+    return f": no row has all that where asks for ({', '.join(source.where)})"
 
 
 def _make_question(row: Row, source: QuestionSource, name: str) -> Question:
     problem = row.get_text(source.problem_column)
-    return Question(f"{name}/{row.index}", problem, _parse_answers(row, source.answer_column), name)
+    return Question(f"{name}/{row.index}", problem, _parse_answers(row, source), name)
 
 
-def _parse_answers(row: Row, column: str) -> tuple[str, ...]:
-    value = row.get(column)
+def _parse_answers(row: Row, source: QuestionSource) -> tuple[str, ...]:
+    value, column = row.get(source.answer_column), source.answer_column
     entries = value if isinstance(value, list) else [value]
+    if source.answer_after is not None:
+        entries = [_cut_answer(entry, source.answer_after, row, column) for entry in entries]
     answers = tuple(_parse_answer(entry, row, column) for entry in entries)
     if not answers:
         raise DataError(f"{row.where}: '{column}' is an empty list; remove the row or fill it in.")
     return answers
+
+
+def _cut_answer(value: Any, marker: str, row: Row, column: str) -> str:
+    if not isinstance(value, str) or marker not in value:
+        raise DataError(f"{row.where}: '{column}' has no {marker!r} ({reprlib.repr(value)}); change answer_after, or remove the row.")
+    return value.rpartition(marker)[2].strip()
 
 
 def _parse_answer(value: Any, row: Row, column: str) -> str:
@@ -242,24 +323,34 @@ def _load_prompt_set(source: QuestionSource, name: str, template: Template, toke
     prompts, num_dropped = make_prompts(questions, template, tokenizer, max_prompt_tokens)
     if not prompts:
         raise DataError(
-            f"{source.path}: all {num_dropped} prompts are longer than data.max_prompt_tokens {max_prompt_tokens} "
+            f"{source.label}: all {num_dropped} prompts are longer than data.max_prompt_tokens {max_prompt_tokens} "
             f"under template {template.name}; raise the limit."
         )
     return PromptSet(name, prompts, source.weight, num_dropped)
 
 
 def name_sources(sources: Sequence[QuestionSource]) -> list[str]:
-    """A name for each source: the stem of its file, preceded by as many folders as it takes to tell different files apart."""
-    tails = {source.path: _make_tails(Path(source.path)) for source in sources}
+    """A name for each source: the stem of its file or the last part of its dataset's name, with as much more as tells sources apart.
 
-    def choose(path: str) -> str:
-        taken = {tail for other, candidates in tails.items() if other != path for tail in candidates}
-        return next((tail for tail in tails[path] if tail not in taken), path)
+    That is folders or the dataset's owner before it, then split and subset behind it.
+    """
+    tails = {source.label: _make_tails(source) for source in sources}
 
-    return [choose(source.path) for source in sources]
+    def choose(label: str) -> str:
+        taken = {tail for other, candidates in tails.items() if other != label for tail in candidates}
+        return next((tail for tail in tails[label] if tail not in taken), label)
+
+    return [choose(source.label) for source in sources]
 
 
-def _make_tails(path: Path) -> list[str]:
-    """`c`, `b-c`, `a-b-c` for a/b/c.jsonl."""
-    parts = path.with_suffix("").parts
+def _make_tails(source: QuestionSource) -> list[str]:
+    """`c`, `b-c`, `a-b-c` for a/b/c.jsonl; `b`, `a-b`, `b-split`, `b-subset-split`, `a-b-subset-split` for the dataset a/b."""
+    if source.path is not None:
+        return _join_tails(Path(source.path).with_suffix("").parts)
+    tails = _join_tails(Path(source.dataset or "").parts)
+    rest = [source.split] if source.subset is None else [source.subset, source.split]
+    return [*tails, *(f"{tail}-{'-'.join(rest[-depth:])}" for depth in range(1, len(rest) + 1) for tail in tails)]
+
+
+def _join_tails(parts: Sequence[str]) -> list[str]:
     return ["-".join(parts[-depth:]) for depth in range(1, len(parts) + 1)]

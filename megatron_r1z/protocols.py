@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_r1z.types import GradedGroup, Group, Prompt
+from megatron_r1z.types import GradedGroup, Group, Prompt, VerdictKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,17 @@ class Engine(Protocol):
 class Grader(Protocol):
     """Turns groups into graded groups, keeping their order."""
 
+    @property
+    def finds_answers(self) -> bool:
+        """Whether verdicts come with the answer that was found in the response."""
+        ...
+
     def grade(self, groups: Sequence[Group]) -> list[GradedGroup]:
         """One verdict per response; never hangs, never raises for what a response contains."""
+        ...
+
+    def judge(self, pairs: Sequence[tuple[str, str]]) -> Mapping[tuple[str, str], VerdictKind]:
+        """The verdict on each pair of an answer and another; never hangs, never raises for what they contain."""
         ...
 
     def close(self) -> None:

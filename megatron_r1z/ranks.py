@@ -18,6 +18,13 @@ def gather(items: Sequence[Item]) -> list[Item]:
     return [item for part in parts for item in part]
 
 
+def broadcast(items: Sequence[Item]) -> list[Item]:
+    """Rank 0's items on every rank; what the others pass is not looked at."""
+    box = [list(items)]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank when it is true on one of them."""
     value = torch.tensor(int(flag))

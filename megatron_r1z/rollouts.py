@@ -39,6 +39,7 @@ def _row(item: GradedGroup, index: int, sample: Sample, step_of: Mapping[str, in
         "verdict": verdict.kind.value,
         "extracted": verdict.extracted,
         "reward": verdict.reward,
+        "extra_rewards": dict(verdict.extra),
         "advantage": sample.advantage,
         "policy_version": response.policy_version,
         "step": step_of[sample.sample_id],

@@ -85,12 +85,14 @@ class VerdictKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The reasoned outcome of grading one response; only `CORRECT` has reward 1 under the built-in rewards."""
+    """The reasoned outcome of grading one response; under the built-in rewards `CORRECT` has reward 1, the others 0."""
 
     kind: VerdictKind
     reward: float
     extracted: str | None
     """The answer found in the response, None where none was found."""
+    extra: tuple[tuple[str, float], ...] = ()
+    """Name and value of each extra reward, before its weight."""
 
 
 @dataclass(frozen=True, slots=True)

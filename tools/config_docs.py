@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
@@ -23,7 +24,7 @@ INTRODUCTION = """\
 <!-- Written by tools/config_docs.py from the records of megatron_r1z/config.py; change them, then run
      `python tools/config_docs.py > docs/configuration.md`. -->
 
-A run is one YAML file with the sections below. `train` reads all of them but `corpus`; `pretrain` reads those that say so.
+A run is one YAML file with the sections below. `train` reads all of them but `corpus`; `pretrain` and `evaluate` read those that say so.
 Fields marked **required** have no default.
 
 ```
@@ -38,7 +39,9 @@ megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 rollout.stop='["\\n
 - Paths are relative to where the command is started.
 """
 
+COMMANDS = {"train": config.TrainConfig, "pretrain": config.PretrainConfig, "evaluate": config.EvaluateConfig}
 SOURCES = "Entries of `data.train` and `evaluation.sets`"
+EXTRA = "Entries of `grading.extra`"
 
 
 def main() -> None:
@@ -48,22 +51,21 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    sections = [section(name, record) for name, record in sections_of_both().items()]
+    sections = [section(name, record) for name, record in all_sections().items()]
     sections.append(f"\n## {SOURCES}\n\n{table(config.QuestionSource)}")
+    sections.append(f"\n## {EXTRA}\n\n{table(config.ExtraReward)}")
     return INTRODUCTION + "".join(sections)
 
 
-def sections_of_both() -> dict[str, type[Any]]:
-    """Section name to record, over both commands."""
-    return typing.get_type_hints(config.TrainConfig) | typing.get_type_hints(config.PretrainConfig)
+def all_sections() -> dict[str, type[Any]]:
+    """Section name to record, over all commands."""
+    return {name: record for kind in COMMANDS.values() for name, record in typing.get_type_hints(kind).items()}
 
 
 def section(name: str, record: type[Any]) -> str:
     """Heading, purpose and table of one section."""
-    commands = [
-        command for command, kind in (("train", config.TrainConfig), ("pretrain", config.PretrainConfig)) if name in kind.__annotations__
-    ]
-    return f"\n## {name}\n\n{record.__doc__} Read by {' and '.join(f'`{command}`' for command in commands)}.\n\n{table(record)}"
+    readers = [f"`{command}`" for command, kind in COMMANDS.items() if name in kind.__annotations__]
+    return f"\n## {name}\n\n{record.__doc__} Read by {', '.join(readers)}.\n\n{table(record)}"
 
 
 def table(record: type[Any]) -> str:
@@ -96,17 +98,27 @@ def show_type(hint: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is tuple:
         return f"list of {show_type(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} x {show_type(arguments[0])}"
+    if origin is Mapping:
+        return "values or lists of values by column"
     if type(None) in arguments:
         return " or ".join("null" if argument is type(None) else show_type(argument) for argument in arguments)
-    names = {str: "text", int: "whole number", float: "number", bool: "true, false", config.QuestionSource: "question files, see below"}
+    names = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true, false",
+        config.QuestionSource: "question files, see below",
+        config.ExtraReward: "rewards, see below",
+    }
     return names[hint]
 
 
 def show_default(item: dataclasses.Field[Any]) -> str:
     """The default in YAML's notation."""
-    if item.default is dataclasses.MISSING:
+    default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+    if default is dataclasses.MISSING:
         return "**required**"
-    text = yaml.safe_dump(config.to_tree(item.default), default_flow_style=True)
+    text = yaml.safe_dump(config.to_tree(default), default_flow_style=True)
     return f"`{text.removesuffix('...' + chr(10)).strip()}`"
 
 

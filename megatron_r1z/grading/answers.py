@@ -1,7 +1,7 @@
 r"""Where the answer is in a response: the `\boxed{...}` and the `<answer>...</answer>` conventions.
 
-Both follow `boxed_reward_fn` and `answer_tag_reward_fn` of oat's math grader to the letter, oddities included, so that rewards agree
-with the published runs: braces are counted as text, so that an escaped `\}` closes a box.
+They follow the reward functions of oat's math grader to the letter (`boxed`, `answer_tag`, `answer_tag` for ORZ and `r1_distill_qwen`),
+oddities included, so that rewards agree with the published runs: braces are counted as text, so that an escaped `\}` closes a box.
 """
 
 from __future__ import annotations
@@ -55,7 +55,25 @@ def extract_answer_tag(response: str) -> Extraction:
     >>> extract_answer_tag("so</think> <answer> 5</answer>").answer
     ' 5'
     """
-    if "</think> <answer>" not in response or "</answer>" not in response:
+    return extract_answer_tag_lenient(response) if "</think> <answer>" in response else UNFORMATTED
+
+
+def extract_answer_tag_lenient(response: str) -> Extraction:
+    """The answer-tag convention for models trained with another template: `<answer>` and `</answer>` are enough.
+
+    >>> extract_answer_tag_lenient("so</think><answer>5</answer>").answer
+    '5'
+    """
+    if "<answer>" not in response or "</answer>" not in response:
         return UNFORMATTED
     answer = response.rpartition("<answer>")[2].replace("</answer>", "")
     return Extraction(formatted=True, answer=extract_boxed(answer) if _BOX in answer else answer)
+
+
+def extract_think_then_boxed(response: str) -> Extraction:
+    r"""The convention of reasoning models: one `</think>`, and a box after it.
+
+    >>> extract_think_then_boxed(r"\boxed{4}?</think> \boxed{5}").answer
+    '5'
+    """
+    return extract_boxed_answer(response.partition("</think>")[2]) if response.count("</think>") == 1 else UNFORMATTED

@@ -1,20 +1,25 @@
-r"""Whether an answer equals a reference: text first, then numbers, then parts one by one, then algebra.
+r"""Whether an answer equals a reference: text first, then numbers, then parts one by one, then values.
 
 The order makes the cheap and exact test speak first and the last word only where nothing cheaper applies: two numbers that differ are
-different, whatever algebra within a tolerance would say.
+different, whatever a comparison within a tolerance would say. docs/grading.md lists what is equal to what.
 """
 
 from __future__ import annotations
 
 from enum import Enum
 
-from megatron_r1z.grading import symbolic, text
+from megatron_r1z.grading import numbers, relations, symbolic, text, units, values
 from megatron_r1z.grading.answers import extract_boxed
+from megatron_r1z.grading.brackets import nesting
+from megatron_r1z.grading.expression import parse
+from megatron_r1z.grading.parts import Parts, ratio_as_fraction, split_parts, without_names
 
 MAX_LENGTH = 2000
 """Longer answers are compared as text only; the longest reference of the published question sets has 204 characters."""
 MAX_ITEMS = 32
 """Longer lists are compared as text only: in a set each item may be compared with each."""
+MAX_NESTING = 60
+"""Brackets within brackets; deeper answers are compared as text only."""
 MAX_DEPTH = 5
 """Nesting of lists."""
 
@@ -37,7 +42,7 @@ def is_equal(answer: str, reference: str) -> bool:
 
 
 def compare(answer: str, reference: str) -> Equality:
-    """The full comparison. It can hang or exhaust memory on hostile text: run it in a `WorkerPool`."""
+    """The full comparison. Integrals, sums and limits go to sympy and may hang: run it in a `WorkerPool`."""
     settled = settle(answer, reference)
     return settled if settled is not None else _compare(_canonical(answer), _canonical(reference), MAX_DEPTH)
 
@@ -47,11 +52,11 @@ def settle(answer: str, reference: str) -> Equality | None:
     answer, reference = answer.strip(), reference.strip()
     if answer == reference:
         return Equality.EQUAL
+    if max(len(answer), len(reference)) > MAX_LENGTH or max(nesting(answer), nesting(reference)) > MAX_NESTING:
+        return Equality.UNPARSABLE if answer and reference else Equality.DIFFERENT
     if not answer or not reference:
-        return Equality.DIFFERENT
-    if len(answer) > MAX_LENGTH or len(reference) > MAX_LENGTH:
-        return Equality.UNPARSABLE
-    same = text.settle_plain_numbers(answer, reference)
+        return _equality(_is_nothing(_canonical(answer or reference)))
+    same = numbers.settle_plain_numbers(answer, reference)
     return None if same is None else _equality(same)
 
 
@@ -64,19 +69,30 @@ def _equality(same: bool) -> Equality:
     return Equality.EQUAL if same else Equality.DIFFERENT
 
 
+def _is_nothing(normal: str) -> bool:
+    """Whether no more is left than a unit without a number."""
+    return not units.split_unit(normal)[0]
+
+
 def _compare(answer: str, reference: str, depth: int) -> Equality:
     """Compare two texts in normal form."""
+    answer, reference = text.unwrap(answer), text.unwrap(reference)
     if answer == reference:
         return Equality.EQUAL
     if not answer or not reference:
-        return Equality.DIFFERENT
+        return _equality(_is_nothing(answer or reference))
     answer, reference = _without_names(answer, reference)
-    left, right = text.split_parts(answer), text.split_parts(reference)
+    if (same_region := relations.is_same_region(answer, reference)) is not None:
+        return _equality(same_region)
+    left, right = split_parts(answer), split_parts(reference)
     if left is None and right is None:
         return _compare_single(answer, reference)
-    if text.is_relation(answer) != text.is_relation(reference):  # an interval against an inequality
-        return _compare_algebra(answer, reference)
-    left, right = left or text.Parts("set", [answer]), right or text.Parts("set", [reference])
+    if (left is None or right is None) and symbolic.is_beyond_grammar(answer) and symbolic.is_beyond_grammar(reference):
+        return _compare_values(answer, reference)  # a matrix against a product with one
+    left, right = left or Parts("set", [answer]), right or Parts("set", [reference])
+    if (left.kind == "named") != (right.kind == "named"):
+        left, right = without_names(left), without_names(right)
+        left, right = (Parts("()", side.items) if side.kind == "set" else side for side in (left, right))
     if left.kind != right.kind or len(left.items) != len(right.items):
         return Equality.DIFFERENT
     if depth == 0 or len(left.items) > MAX_ITEMS:
@@ -88,11 +104,11 @@ def _without_names(answer: str, reference: str) -> tuple[str, str]:
     """Drop `x=` where both have the same name, or only one side has a name and the other is no relation; else both stay equations."""
     (said, name), (expected, expected_name) = text.split_name(answer), text.split_name(reference)
     if name == expected_name or (name is None and not text.is_relation(said)) or (expected_name is None and not text.is_relation(expected)):
-        return said, expected
+        return text.unwrap(said), text.unwrap(expected)
     return answer, reference
 
 
-def _compare_parts(left: text.Parts, right: text.Parts, depth: int) -> Equality:
+def _compare_parts(left: Parts, right: Parts, depth: int) -> Equality:
     """Pair the items off; equality is transitive, so the first partner that fits is as good as any."""
     remaining = list(right.items)
     for item in left.items:
@@ -104,19 +120,66 @@ def _compare_parts(left: text.Parts, right: text.Parts, depth: int) -> Equality:
 
 
 def _compare_single(answer: str, reference: str) -> Equality:
-    (left, unit), (right, expected_unit) = text.split_unit(answer), text.split_unit(reference)
-    if unit is not None and expected_unit is not None and unit != expected_unit:
-        return Equality.DIFFERENT
-    number, expected = text.parse_number(left), text.parse_number(right)
-    if number is not None and expected is not None:
-        return _equality(text.is_same_number(number, expected))
-    if text.is_words(left) or text.is_words(right):
-        return _equality(left.casefold() == right.casefold())
-    if text.is_relation(left) != text.is_relation(right):
-        return Equality.DIFFERENT
-    return _compare_algebra(left, right)
+    """Compare two texts that have no parts: by the first of the kinds below that either of them is."""
+    if (same_time := numbers.is_same_time(answer, reference)) is not None:
+        return _equality(same_time)
+    numerals = numbers.parse_numeral(answer), numbers.parse_numeral(reference)
+    if any(numerals):
+        return _equality(numerals[0] == numerals[1])
+    if text.is_language(answer) or text.is_language(reference):
+        words = text.spell_words(answer)
+        if words is not None and words == text.spell_words(reference):
+            return Equality.EQUAL
+    if text.is_relation(answer) or text.is_relation(reference):
+        return _compare_relations(answer, reference)
+    return _compare_quantities(ratio_as_fraction(answer), ratio_as_fraction(reference))
 
 
-def _compare_algebra(answer: str, reference: str) -> Equality:
-    same = symbolic.is_same_expression(answer, reference)
+def _compare_relations(answer: str, reference: str) -> Equality:
+    if not (text.is_relation(answer) and text.is_relation(reference)):
+        said, expected = relations.value_of_chain(answer), relations.value_of_chain(reference)
+        is_settled = text.is_relation(said) or text.is_relation(expected)
+        return Equality.DIFFERENT if is_settled else _compare_quantities(said, expected)
+    same = relations.is_same_relation(answer, reference)
     return Equality.UNPARSABLE if same is None else _equality(same)
+
+
+def _compare_quantities(answer: str, reference: str) -> Equality:
+    """Numbers or expressions with or without a unit."""
+    (left, unit), (right, expected_unit) = units.split_unit(answer), units.split_unit(reference)
+    if unit is not None and expected_unit is not None:
+        if unit.bases != expected_unit.bases:
+            return Equality.DIFFERENT
+        if unit.factor != expected_unit.factor:
+            left, right = units.in_base(left, unit), units.in_base(right, expected_unit)
+    elif (unit is None) != (expected_unit is None) and _is_same_value(answer, reference) is True:
+        return Equality.EQUAL  # `5 m` as the product that `5m` is
+    if not left or not right:
+        return _equality(left == right)
+    return _compare_values(left, right)
+
+
+def _compare_values(left: str, right: str) -> Equality:
+    number, expected = numbers.parse_number(left), numbers.parse_number(right)
+    if number is not None and expected is not None:
+        return _equality(numbers.is_same_number(number, expected))
+    if text.is_language(left) or text.is_language(right):
+        return Equality.DIFFERENT
+    outcomes = [_is_same_value(*pair) for pair in _percentage_readings(left, right)]
+    return _equality(True in outcomes) if True in outcomes or None not in outcomes else Equality.UNPARSABLE
+
+
+def _percentage_readings(left: str, right: str) -> list[tuple[str, str]]:
+    r"""A percentage against a figure stands for its value or its figure; against another percentage, for its figure."""
+    if left.endswith("%") == right.endswith("%"):
+        return [(left.rstrip("%"), right.rstrip("%"))]
+    figures = left.rstrip("%"), right.rstrip("%")
+    return [figures, (figures[0], rf"100({figures[1]})") if left.endswith("%") else (rf"100({figures[0]})", figures[1])]
+
+
+def _is_same_value(left: str, right: str) -> bool | None:
+    if parse(left) is not None and parse(right) is not None:
+        return values.is_same(left, right)
+    if symbolic.is_beyond_grammar(left) or symbolic.is_beyond_grammar(right):
+        return symbolic.is_same_expression(left, right)
+    return None if parse(left) is None else False

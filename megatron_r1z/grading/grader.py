@@ -1,51 +1,31 @@
-"""From groups to graded groups: the built-in rewards of the R1-Zero recipe, or a reward function of the user's own."""
+"""From groups to graded groups: the built-in rewards of the R1-Zero recipe, or reward functions of the user's own."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import logging
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from numbers import Real
-from pathlib import Path
-from typing import Literal
 
-from megatron_r1z.config import GradingConfig, Template
-from megatron_r1z.errors import DataError, R1ZError
-from megatron_r1z.grading import symbolic
-from megatron_r1z.grading.answers import Extraction, extract_answer_tag, extract_boxed_answer
-from megatron_r1z.grading.equality import Equality, compare, settle
-from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
+from megatron_r1z.config import ExtraReward, GradingConfig, Template
+from megatron_r1z.grading import answers
+from megatron_r1z.grading.answers import Extraction
+from megatron_r1z.grading.comparer import Comparer, Pair
+from megatron_r1z.grading.functions import FunctionPool, Task
+from megatron_r1z.grading.pool import Outcome, OutcomeKind
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Verdict, VerdictKind
 
-RewardFunction = Callable[[str, tuple[str, ...], str], float]
-"""`(response, answers, finish_reason)` to any finite number; `finish_reason` is `stop` or `length` (`abort`: the engine gave up)."""
+EXTRACTORS: dict[str, Callable[[str], Extraction]] = {
+    "boxed": answers.extract_boxed_answer,
+    "answer_tag": answers.extract_answer_tag,
+    "answer_tag_lenient": answers.extract_answer_tag_lenient,
+    "think_then_boxed": answers.extract_think_then_boxed,
+}
+"""Where each form of reward looks for the answer."""
 
-CACHE_SIZE = 100_000
-"""Pairs of answer and reference whose outcome is kept; each side has at most 2000 characters, most have fewer than ten."""
+_BEST_FIRST = (VerdictKind.CORRECT, VerdictKind.TIMEOUT, VerdictKind.ERROR, VerdictKind.UNPARSABLE)
+"""Of an answer's verdicts against several references the first of these counts: right once is right, and a failure is told."""
 
-_Pair = tuple[str, str]
-_Judgement = Equality | Literal[OutcomeKind.TIMEOUT, OutcomeKind.ERROR]
-_EXTRACTORS: dict[str, Callable[[str], Extraction]] = {"boxed": extract_boxed_answer, "answer_tag": extract_answer_tag}
-_SELF_TEST: tuple[tuple[str, str, bool], ...] = (
-    ("5", "5.0", True),
-    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", True),
-    ("(x-1)(x+1)", "x^2-1", True),
-    ("5 cm", "5 m", False),
-    ("x^2+1", "x^2-1", False),
-)
-_log = logging.getLogger(__name__)
-
-
-def make_grader(config: GradingConfig, template: Template) -> MathGrader:
-    """The grader that `config` asks for; `auto` looks for answer tags under the r1 template and for a box otherwise."""
-    automatic: Literal["boxed", "answer_tag"] = "answer_tag" if template == "r1" else "boxed"
-    reward = automatic if config.reward == "auto" else config.reward
-    return MathGrader(reward, config.function, config.workers, config.timeout_s)
+_Row = tuple[Prompt, Response]
 
 
 class MathGrader:
@@ -54,19 +34,20 @@ class MathGrader:
     Built-in rewards (recipe: `boxed_reward_fn` and `answer_tag_reward_fn` of oat's math grader): 1.0 for a finished response in the right
     form whose answer equals a reference, else 0.0. A response that did not finish has reward 0.0 even with the right answer in it.
 
-    With `function`, given as `path.py:name`, the reward is what that function returns; the verdict is `correct` from reward 1 on, `wrong`
-    below, and `error` or `timeout` with reward 0.0 where it raises, returns no finite number or takes too long.
+    With `grading.function`, given as `path.py:name`, the reward is what that function returns; the verdict is `correct` from reward 1 on,
+    `wrong` below, and `error` or `timeout` with reward 0.0 where it raises, returns no finite number or takes too long.
+
+    Each function of `grading.extra` adds its weighted value to that reward and leaves the verdict as it is, unless it fails: then the
+    verdict is `error` or `timeout` with reward 0.0, because a sum with a hole in it is no reward.
     """
 
-    def __init__(self, reward: Literal["boxed", "answer_tag"], function: str | None, workers: int, timeout_s: float) -> None:
-        self._extract = _EXTRACTORS[reward]
-        self._uses_function = function is not None
-        self._comparisons: WorkerPool[_Pair, Equality] = WorkerPool(_make_comparer, workers, timeout_s)
-        # A user's function may load a model of its own, so its memory is its own affair.
-        self._functions: WorkerPool[tuple[str, tuple[str, ...], str], float] = WorkerPool(
-            partial(_make_reward, function or ""), workers, timeout_s, memory_bytes=None
-        )
-        self._cache: OrderedDict[_Pair, Equality] = OrderedDict()
+    def __init__(self, config: GradingConfig, template: Template) -> None:
+        """`template` decides what `grading.reward: auto` means: answer tags under r1, a box otherwise."""
+        automatic = "answer_tag" if template == "r1" else "boxed"
+        self._extract = EXTRACTORS[automatic if config.reward == "auto" else config.reward]
+        self._comparer = Comparer(config.mode, config.workers, config.timeout_s)
+        self._function = None if config.function is None else FunctionPool(config.function, config.workers, config.timeout_s)
+        self._extra = [(item, FunctionPool(item.function, config.workers, config.timeout_s)) for item in config.extra]
 
     def grade(self, groups: Sequence[Group]) -> list[GradedGroup]:
         """One verdict per response, in order; no response makes it hang or raise.
@@ -75,153 +56,81 @@ class MathGrader:
             R1ZError: the worker processes do not start.
         """
         rows = [(group.prompt, response) for group in groups for response in group.responses]
-        verdicts = iter(self._grade_by_function(rows) if self._uses_function else self._grade_by_equality(rows))
-        return [GradedGroup(group, tuple(islice(verdicts, len(group.responses)))) for group in groups]
+        verdicts = self._by_equality(rows) if self._function is None else self._by_function(rows, self._function)
+        for extra, pool in self._extra:
+            verdicts = [_add(verdict, outcome, extra) for verdict, outcome in zip(verdicts, pool.rate(_tasks(rows)), strict=True)]
+        remaining = iter(verdicts)
+        return [GradedGroup(group, tuple(islice(remaining, len(group.responses)))) for group in groups]
+
+    @property
+    def finds_answers(self) -> bool:
+        """Whether verdicts come with the answer that was found: not under a function of the user's own."""
+        return self._function is None
+
+    def judge(self, pairs: Sequence[Pair]) -> dict[Pair, VerdictKind]:
+        """The verdict on each pair of answer and reference; see `Comparer.judge`."""
+        return self._comparer.judge(pairs)
 
     def self_test(self) -> None:
-        """Compare known pairs in the worker processes.
-
-        Raises:
-            R1ZError: an outcome is not the known one; training on such rewards would be worthless.
-        """
-        if self._uses_function:
-            return  # nothing is known about its rewards; `check_reward_function` has loaded it
-        outcomes = self._comparisons.run([(answer, reference) for answer, reference, _ in _SELF_TEST])
-        for (answer, reference, expected), outcome in zip(_SELF_TEST, outcomes, strict=True):
-            if outcome.kind is not OutcomeKind.DONE or (outcome.result is Equality.EQUAL) != expected:
-                found = outcome.message or str(outcome.result)
-                raise R1ZError(f"the grader fails its self-test on '{answer}' against '{reference}' ({found}); check sympy.")
+        """Compare known pairs; see `Comparer.self_test`. Of a function nothing is known, `check_reward_function` has loaded it."""
+        if self._function is None:
+            self._comparer.self_test()
 
     def close(self) -> None:
         """End the worker processes."""
-        self._comparisons.close()
-        self._functions.close()
+        self._comparer.close()
+        for pool in [self._function, *(pool for _, pool in self._extra)]:
+            if pool is not None:
+                pool.close()
 
-    def _grade_by_equality(self, rows: Sequence[tuple[Prompt, Response]]) -> list[Verdict]:
+    def _by_equality(self, rows: Sequence[_Row]) -> list[Verdict]:
         found = [self._extract(response.text) for _, response in rows]
-        open_pairs = [
+        judged = self._comparer.judge(
             (extraction.answer, reference)
             for (prompt, response), extraction in zip(rows, found, strict=True)
             if response.finish_reason is FinishReason.STOP and extraction.answer is not None
             for reference in prompt.answers
-        ]
-        judgements = self._judge(open_pairs)
-        return [_make_verdict(*row, extraction, judgements) for row, extraction in zip(rows, found, strict=True)]
+        )
+        return [_make_verdict(*row, extraction, judged) for row, extraction in zip(rows, found, strict=True)]
 
-    def _judge(self, pairs: Iterable[_Pair]) -> dict[_Pair, _Judgement]:
-        """The judgement of each different pair: plain to see, remembered, or compared in a worker."""
-        judgements: dict[_Pair, _Judgement] = {}
-        remaining: list[_Pair] = []
-        for pair in dict.fromkeys(pairs):
-            settled = settle(*pair) or self._recall(pair)
-            if settled is None:
-                remaining.append(pair)
-            else:
-                judgements[pair] = settled
-        for pair, outcome in zip(remaining, self._comparisons.run(remaining), strict=True):
-            judgements[pair] = self._note(pair, outcome)
-        return judgements
-
-    def _recall(self, pair: _Pair) -> Equality | None:
-        if pair in self._cache:
-            self._cache.move_to_end(pair)
-        return self._cache.get(pair)
-
-    def _note(self, pair: _Pair, outcome: Outcome[Equality]) -> _Judgement:
-        """Remember an outcome; time-outs and errors are not remembered, since they may be the machine's fault."""
-        if outcome.kind is OutcomeKind.DONE and outcome.result is not None:
-            self._cache[pair] = outcome.result
-            if len(self._cache) > CACHE_SIZE:
-                self._cache.popitem(last=False)
-            return outcome.result
-        return OutcomeKind.TIMEOUT if outcome.kind is OutcomeKind.TIMEOUT else OutcomeKind.ERROR
-
-    def _grade_by_function(self, rows: Sequence[tuple[Prompt, Response]]) -> list[Verdict]:
-        outcomes = self._functions.run([(response.text, prompt.answers, response.finish_reason.value) for prompt, response in rows])
-        messages = [outcome.message for outcome in outcomes if outcome.kind is OutcomeKind.ERROR]
-        if messages:
-            _log.warning("the reward function failed on %d of %d responses; the first: %s", len(messages), len(rows), messages[0])
-        return [_make_function_verdict(outcome) for outcome in outcomes]
+    def _by_function(self, rows: Sequence[_Row], function: FunctionPool) -> list[Verdict]:
+        return [_make_function_verdict(outcome) for outcome in function.rate(_tasks(rows))]
 
 
-def _make_comparer() -> Callable[[_Pair], Equality]:
-    """Set a worker up for comparisons."""
-    symbolic.warm_up()
-    return _compare_pair
+def _tasks(rows: Sequence[_Row]) -> list[Task]:
+    return [(response.text, prompt.answers, response.finish_reason.value) for prompt, response in rows]
 
 
-def _compare_pair(pair: _Pair) -> Equality:
-    return compare(*pair)
-
-
-def _make_verdict(prompt: Prompt, response: Response, extraction: Extraction, judgements: dict[_Pair, _Judgement]) -> Verdict:
-    answer = extraction.answer
+def _make_verdict(prompt: Prompt, response: Response, extraction: Extraction, judged: Mapping[Pair, VerdictKind]) -> Verdict:
     if response.finish_reason is not FinishReason.STOP:
-        return Verdict(VerdictKind.TRUNCATED, 0.0, answer)
+        return Verdict(VerdictKind.TRUNCATED, 0.0, extraction.answer)
+    return make_verdict(extraction, prompt.answers, judged)
+
+
+def make_verdict(extraction: Extraction, references: Sequence[str], judged: Mapping[Pair, VerdictKind]) -> Verdict:
+    """The verdict on a response that finished; `judged` holds the pairs of its answer with each reference."""
     if not extraction.formatted:
         return Verdict(VerdictKind.UNFORMATTED, 0.0, None)
-    found = set() if answer is None else {judgements[answer, reference] for reference in prompt.answers}
-    if Equality.EQUAL in found:
-        return Verdict(VerdictKind.CORRECT, 1.0, answer)
-    if OutcomeKind.TIMEOUT in found:
-        return Verdict(VerdictKind.TIMEOUT, 0.0, answer)
-    if OutcomeKind.ERROR in found:
-        return Verdict(VerdictKind.ERROR, 0.0, answer)
-    return Verdict(VerdictKind.UNPARSABLE if Equality.UNPARSABLE in found else VerdictKind.WRONG, 0.0, answer)
+    answer = extraction.answer
+    kinds = [] if answer is None else [judged[answer, reference] for reference in references]
+    kind = next((kind for kind in _BEST_FIRST if kind in kinds), VerdictKind.WRONG)
+    return Verdict(kind, float(kind is VerdictKind.CORRECT), answer)
 
 
 def _make_function_verdict(outcome: Outcome[float]) -> Verdict:
     if outcome.kind is OutcomeKind.DONE and outcome.result is not None:
         return Verdict(VerdictKind.CORRECT if outcome.result >= 1 else VerdictKind.WRONG, outcome.result, None)
-    return Verdict(VerdictKind.TIMEOUT if outcome.kind is OutcomeKind.TIMEOUT else VerdictKind.ERROR, 0.0, None)
+    return Verdict(_failure(outcome), 0.0, None)
 
 
-def check_reward_function(function: str) -> None:
-    """Load `path.py:name` once, so that a mistake shows before a run starts.
-
-    Raises:
-        DataError: no such file or name, the file fails to load, the name is not callable or does not take the three arguments.
-    """
-    _load_reward_function(function)
-
-
-def _load_reward_function(function: str) -> RewardFunction:
-    path, _, name = function.rpartition(":")
-    if not path or not name:
-        raise DataError(f"grading.function is '{function}'; write it as path.py:name.")
-    if not Path(path).is_file():
-        raise DataError(f"grading.function: there is no file {path}.")
-    spec = importlib.util.spec_from_file_location("r1z_reward_function", path)
-    if spec is None or spec.loader is None:
-        raise DataError(f"grading.function: {path} is not a Python file; its name must end in .py.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise DataError(f"grading.function: {path} fails to load: {type(error).__name__}: {error}.") from error
-    return _checked(getattr(module, name, None), path, name)
+def _add(verdict: Verdict, outcome: Outcome[float], extra: ExtraReward) -> Verdict:
+    if verdict.kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR):
+        return verdict
+    if outcome.kind is OutcomeKind.DONE and outcome.result is not None:
+        value = (extra.name, outcome.result)
+        return replace(verdict, reward=verdict.reward + extra.weight * outcome.result, extra=(*verdict.extra, value))
+    return replace(verdict, kind=_failure(outcome), reward=0.0)
 
 
-def _checked(candidate: object, path: str, name: str) -> RewardFunction:
-    if candidate is None:
-        raise DataError(f"grading.function: {path} defines no '{name}'.")
-    if not callable(candidate):
-        raise DataError(f"grading.function: '{name}' in {path} is not a function.")
-    try:
-        inspect.signature(candidate).bind("response", ("answer",), "stop")
-    except TypeError as error:
-        raise DataError(f"grading.function: '{name}' in {path} must take (response, answers, finish_reason): {error}.") from error
-    return candidate
-
-
-def _make_reward(function: str) -> Callable[[tuple[str, tuple[str, ...], str]], float]:
-    """Set a worker up for the user's function."""
-    loaded = _load_reward_function(function)
-
-    def reward(task: tuple[str, tuple[str, ...], str]) -> float:
-        value: object = loaded(*task)
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"the reward is {value!r}; it must be a finite number")
-        return float(value)
-
-    return reward
+def _failure(outcome: Outcome[float]) -> VerdictKind:
+    return VerdictKind.TIMEOUT if outcome.kind is OutcomeKind.TIMEOUT else VerdictKind.ERROR

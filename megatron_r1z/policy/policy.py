@@ -36,10 +36,6 @@ class Settings(Protocol):
     def precision(self) -> PrecisionConfig:
         """Number formats."""
 
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """The step."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
@@ -79,13 +75,14 @@ class MegatronPolicy:
         }
 
     @megatron_device()
-    def start_training(self, loss: step.Loss) -> None:
+    def start_training(self, loss: step.Loss, config: OptimizerConfig) -> None:
         """Add gradient buffers, optimizer and schedule around the weights that are now in place."""
         self._loss = loss
-        chunks = wrap_chunks(self._bare, self._settings.optimizer)
+        self._optimizer_config = config
+        chunks = wrap_chunks(self._bare, config)
         self.model = step.Model(chunks, self.shape.vocab_size, self._temperature)
-        self.optimizer = build_optimizer(chunks, self._settings.optimizer)
-        self.schedule = build_schedule(self.optimizer, self._settings.optimizer)
+        self.optimizer = build_optimizer(chunks, config)
+        self.schedule = build_schedule(self.optimizer, config)
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self.optimizer.scale_loss
@@ -140,21 +137,31 @@ class MegatronPolicy:
         )
 
     @megatron_device()
+    def sharded_weights(self) -> dict[str, Any]:
+        """The weights for Megatron's distributed checkpoint, one entry per model chunk."""
+        return {f"model{index}": chunk.sharded_state_dict(prefix="") for index, chunk in enumerate(self._bare)}
+
+    @megatron_device()
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Weights, optimizer and schedule for Megatron's distributed checkpoint."""
-        state: dict[str, Any] = {f"model{index}": chunk.sharded_state_dict(prefix="") for index, chunk in enumerate(self._bare)}
+        state = self.sharded_weights()
         weights = state if len(self._bare) > 1 else {"model": state["model0"]}
         state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=is_loading)
         state["schedule"] = self.schedule.state_dict()
         return state
 
     @megatron_device()
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sharded_state` saved; learning rate, betas, decay and schedule stay those of the configuration."""
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Take over what `sharded_weights` saved."""
         for index, chunk in enumerate(self._bare):
             chunk.load_state_dict(state[f"model{index}"])
+
+    @megatron_device()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `sharded_state` saved; learning rate, betas, decay and schedule stay those of the configuration."""
+        self.load_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        config = self._settings.optimizer
+        config = self._optimizer_config
         for group in self.optimizer.param_groups:
             group |= {"max_lr": config.lr, "min_lr": config.min_lr, "betas": config.betas, "eps": config.eps}
         self.schedule.load_state_dict(state["schedule"])

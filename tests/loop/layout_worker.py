@@ -31,7 +31,6 @@ class Settings:
     model: ModelConfig
     parallel: ParallelConfig
     precision: PrecisionConfig
-    optimizer: OptimizerConfig
 
 
 def main(folder: Path) -> None:
@@ -61,14 +60,14 @@ def take_steps(task: dict, topology: Topology) -> dict:
         ModelConfig(path=task["model"]),
         ParallelConfig(num_ranks=topology.num_ranks, **task["parallel"]),
         PrecisionConfig(policy=task["precision"]),
-        OptimizerConfig(lr=task["lr"], clip_grad=task["max_norm"], distributed=task["distributed"]),
     )
+    optimizer = OptimizerConfig(lr=task["lr"], clip_grad=task["max_norm"], distributed=task["distributed"])
     shape = load_shape(task["model"])
     layout = megatron_layout(shape, topology, 1)
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
     policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded, temperature=task["temperature"])
     copy_in(layout, policy.parameters(), AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).state_dict())
-    policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2))
+    policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2), optimizer)
 
     objective = OBJECTIVES[task["algorithm"]]
     batch = pack(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_r1z.config import (
     AlgorithmConfig,
+    EvaluateConfig,
     OptimizerConfig,
     ParallelConfig,
     PretrainConfig,
@@ -74,7 +75,8 @@ def test_a_dump_notes_what_differs_from_the_defaults(tmp_path: Path) -> None:
     lines = dump_config(train(tmp_path, "rollout.seed=7", "algorithm.name=grpo")).splitlines()
     assert "  seed: 7  # default: 0" in lines
     assert "  name: grpo  # default: drgrpo" in lines
-    assert [line for line in lines if "# default" in line] == ["  name: grpo  # default: drgrpo", "  seed: 7  # default: 0"]
+    noted = [line for line in lines if "# default" in line and not line.startswith("  train:")]
+    assert noted == ["  name: grpo  # default: drgrpo", "  seed: 7  # default: 0"]
 
 
 @given(
@@ -92,7 +94,8 @@ def test_any_values_survive_the_round_trip(lr: float, betas: tuple[float, float]
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configurations_of_the_repository_are_accepted(path: Path) -> None:
-    kind: Any = PretrainConfig if "corpus" in yaml.safe_load(path.read_text(encoding="utf-8")) else TrainConfig
+    sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kind: Any = PretrainConfig if "corpus" in sections else TrainConfig if "algorithm" in sections else EvaluateConfig
     config = load_config(kind, path)
     assert make_config(kind, yaml.safe_load(dump_config(config))) == config
 
@@ -167,6 +170,45 @@ def test_a_wrong_override_is_explained(override: str, sentence: str, tmp_path: P
     assert str(caught.value) == sentence
 
 
+# ------------------------------------------------------------------------------------------------------------------------- mappings
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.train.0.where={level: [3, 4.5], subject: Algebra, hard: true}"],
+        ["data.train.0.where={subject: [Algebra]}", "data.train.0.where.level=[3, 4.5]", "data.train.0.where.hard=true"],
+    ],
+)
+def test_a_mapping_takes_values_and_lists_of_them(overrides: list[str], tmp_path: Path) -> None:
+    config = train(tmp_path, *overrides)
+    assert config.data.train[0].where == {"level": (3, 4.5), "subject": ("Algebra",), "hard": (True,)}
+    assert to_tree(config)["data"]["train"][0]["where"] == {"level": [3, 4.5], "subject": ["Algebra"], "hard": [True]}
+    assert load_config(TrainConfig, write(tmp_path, dump_config(config))) == config
+
+
+WORDS = st.text("ab1 :-{}[],#'\"\n\u00e9") | st.sampled_from(["no", "1e3", "null", "~"])
+
+
+@given(st.dictionaries(WORDS, st.lists(st.integers() | st.booleans() | st.floats(allow_nan=False) | WORDS, min_size=1), max_size=3))
+def test_any_mapping_survives_the_round_trip(where: dict[str, list[Any]]) -> None:
+    config = make_config(TrainConfig, TRAIN | {"data": {"train": [{"path": "questions.jsonl", "where": where}]}})
+    again = make_config(TrainConfig, yaml.safe_load(dump_config(config)))
+    assert again == config
+    assert repr(again) == repr(config)  # true is 1 to ==
+
+
+def test_what_messages_call_a_source() -> None:
+    assert QuestionSource(path="a/b.jsonl").label == "a/b.jsonl"
+    assert QuestionSource(dataset="openai/gsm8k", split="test").label == "openai/gsm8k (test)"
+    assert QuestionSource(dataset="openai/gsm8k", subset="main").label == "openai/gsm8k (main, train)"
+
+
+def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
+    sets = "evaluation.sets=[{dataset: openai/gsm8k, split: test}, {dataset: openai/gsm8k}]"
+    assert [source.split for source in train(tmp_path, sets).evaluation.sets] == ["test", "train"]
+
+
 # -------------------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -194,6 +236,46 @@ def test_a_wrong_override_is_explained(override: str, sentence: str, tmp_path: P
         (["parallel.num_ranks=0"], "parallel.num_ranks is 0; it must be above 0."),
         (["data.train.0.weight=0"], "data: weight of questions.jsonl is 0.0; it must be above 0."),
         (["data.train=[]"], "data.train is empty; give at least one question file."),
+        (
+            ["data.train=[{weight: 2}]"],
+            "data: a source has neither path nor dataset; give it a file, or a dataset of the Hugging Face Hub.",
+        ),
+        (
+            ["data.train.0.dataset=openai/gsm8k"],
+            "data: a source has path questions.jsonl and dataset openai/gsm8k; set one of them to null.",
+        ),
+        (
+            ["data.train.0.split=test"],
+            "data: questions.jsonl is a file, and subset and split are parts of a dataset; choose rows of a file by where.",
+        ),
+        (
+            ["data.train.0.limit=0"],
+            "data: questions.jsonl has offset 0 and limit 0; use at least 0 and at least 1.",
+        ),
+        (
+            ["data.train.0.answer_after=''"],
+            "data: answer_after of questions.jsonl is empty; write the text behind which the answer stands, or null.",
+        ),
+        (
+            ["data.train.0.where={level: []}"],
+            "data: where of questions.jsonl allows no value of 'level'; list at least one.",
+        ),
+        (
+            ["data.train.0.where=[level, 3]"],
+            "data.train.0.where must be a mapping from names to values, such as {name: [a, b]}, not ['level', 3].",
+        ),
+        (
+            ["data.train.0.where={3: level}"],
+            "data.train.0.where must be a mapping from names to values, such as {name: [a, b]}, not {3: 'level'}.",
+        ),
+        (
+            ["data.train.0.where={level: [3, null]}"],
+            "data.train.0.where.level.1 must be of type str or int or float or bool, not None.",
+        ),
+        (
+            ["evaluation.sets=[{dataset: openai/gsm8k}, {dataset: openai/gsm8k, limit: 3}]"],
+            "evaluation.sets names openai/gsm8k (train) twice; its figures would collide.",
+        ),
         (["data.template=few_shot"], "data: template few_shot and shots_path go together; set both or neither."),
         (["data.shots_path=shots.txt"], "data: template few_shot and shots_path go together; set both or neither."),
         (["data.max_prompt_tokens=-1"], "data.max_prompt_tokens is -1; it must be above 0."),

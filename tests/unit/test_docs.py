@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 
 from megatron_r1z import metrics
+from megatron_r1z.evaluate import evaluation_metrics
+from megatron_r1z.scores import Attempt, QuestionResult, score
 from megatron_r1z.types import (
     FinishReason,
     GradedGroup,
@@ -46,7 +48,7 @@ def first_cells(text: str) -> list[str]:
 def produced_by_the_stages() -> set[str]:
     prompt = Prompt("set/0", "?", (1,), ("2",), "set")
     responses = tuple(Response("2", (2,), (-0.1,), FinishReason.STOP, 0) for _ in range(2))
-    verdicts = (Verdict(VerdictKind.CORRECT, 1.0, "2"), Verdict(VerdictKind.WRONG, 0.0, "3"))
+    verdicts = (Verdict(VerdictKind.CORRECT, 1.0, "2", (("<name>", 0.5),)), Verdict(VerdictKind.WRONG, 0.0, "3"))
     stats = UpdateStats(0.1, 1.0, 1e-6, 0.0, 1.0, 0.5, 1e-7, 1e-6, 2, skipped=False)
     return {
         *metrics.rollout_metrics([GradedGroup(Group(0, prompt, responses), verdicts)]),
@@ -62,7 +64,9 @@ def timed() -> set[str]:
 
 
 def evaluated() -> set[str]:
-    return {f"evaluation/<set>_{name}" for name in re.findall(r'f"evaluation/\{item\.name\}_(\w+)"', read("megatron_r1z/evaluate.py"))}
+    attempt = Attempt("7", 1, FinishReason.STOP, VerdictKind.CORRECT, "7")
+    figures = evaluation_metrics(score("<set>", [QuestionResult("set/0", "?", ("7",), (attempt, attempt), 1.0)]))
+    return {name.replace("pass_at_2", "pass_at_<k>") for name in figures}
 
 
 def pretrained() -> set[str]:
@@ -104,7 +108,7 @@ def test_the_page_of_the_configuration_is_up_to_date() -> None:
 
 def test_the_page_of_the_configuration_has_every_field() -> None:
     page = read("docs/configuration.md")
-    for name, record in load_config_docs().sections_of_both().items():
+    for name, record in load_config_docs().all_sections().items():
         section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         assert [cell.strip("`") for cell in first_cells(section)[2:]] == [item.name for item in dataclasses.fields(record)]
 

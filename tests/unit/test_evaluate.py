@@ -1,19 +1,26 @@
-"""Accuracy and length of each evaluation set."""
+"""Evaluation on one rank with an engine that answers from a script: figures, chunks on disk, resume."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from megatron_r1z import ranks
-from megatron_r1z.evaluate import evaluate_sets
+from megatron_r1z.config import EvaluateConfig, EvaluationConfig, LoggingConfig, ModelConfig, QuestionSource, RolloutConfig
+from megatron_r1z.errors import DataError
+from megatron_r1z.evaluate import Evaluation, evaluate, evaluate_prompts, evaluation_metrics, evaluation_sampling
+from megatron_r1z.metrics import SilentLog
 from megatron_r1z.prompts import PromptSet
 from megatron_r1z.protocols import Sampling
+from megatron_r1z.scores import score
+from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Verdict, VerdictKind
-
-SAMPLING = Sampling(2, 8, 0.0, 1.0, -1, (), 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,39 +32,125 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class Script:
-    """Engine and grader in one: answers `place` tokens to the prompt at `place`, for as many rewards as the prompt's answers name."""
+    """Engine and grader in one: question n has n + 1 tokens and is right where n is even; stops after `limit` calls."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self.flag = StopFlag()
+        self.calls: list[list[str]] = []
+        self.limit = limit
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        assert sampling is SAMPLING
-        return [
-            Group(place, prompt, tuple(Response("", (1,) * place, (0.0,) * place, FinishReason.STOP, 0) for _ in prompt.answers))
-            for place, prompt in enumerate(prompts, start=1)
-        ]
+        self.calls.append([prompt.prompt_id for prompt in prompts])
+        self.flag.requested = len(self.calls) >= self.limit
+        return [Group(place, prompt, self._respond(prompt, sampling)) for place, prompt in reversed(list(enumerate(prompts)))]
+
+    def _respond(self, prompt: Prompt, sampling: Sampling) -> tuple[Response, ...]:
+        size = int(prompt.answers[0]) + 1
+        return (Response(prompt.answers[0], (1,) * size, (0.0,) * size, FinishReason.STOP, 0),) * sampling.num_samples
 
     def grade(self, groups: Sequence[Group]) -> list[GradedGroup]:
-        return [
-            GradedGroup(item, tuple(Verdict(VerdictKind.CORRECT, float(answer), None) for answer in item.prompt.answers)) for item in groups
-        ]
+        return [GradedGroup(item, tuple(self._verdict(response) for response in item.responses)) for item in groups]
+
+    def _verdict(self, response: Response) -> Verdict:
+        is_right = int(response.text) % 2 == 0
+        return Verdict(VerdictKind.CORRECT if is_right else VerdictKind.WRONG, float(is_right), response.text)
+
+    finds_answers = True
+
+    def judge(self, pairs: Sequence[tuple[str, str]]) -> Mapping[tuple[str, str], VerdictKind]:
+        return dict.fromkeys(pairs, VerdictKind.WRONG)
 
 
-def make_set(name: str, *rewards: tuple[str, ...]) -> PromptSet:
-    return PromptSet(name, [Prompt(f"{name}/{index}", "?", (1,), row, name) for index, row in enumerate(rewards)], 1.0, 0)
+def make_set(name: str, size: int) -> PromptSet:
+    return PromptSet(name, [Prompt(f"{name}/{index}", f"{name} {index}?", (1,), (str(index),), name) for index in range(size)], 1.0, 0)
 
 
-def test_each_set_has_the_share_of_full_rewards_and_the_mean_length() -> None:
-    sets = [make_set("a", ("1", "0"), ("1", "1")), make_set("b", ("0", "0.5"))]
+def make_config(folder: Path, samples: int = 1) -> EvaluateConfig:
+    return EvaluateConfig(
+        model=ModelConfig(path="nowhere"),
+        evaluation=EvaluationConfig(sets=(QuestionSource(path="a.jsonl"),), samples=samples, temperature=1.0),
+        logging=LoggingConfig(folder=str(folder)),
+        rollout=RolloutConfig(max_concurrent_sequences=4),
+    )
+
+
+def make_run(folder: Path, script: Script, sets: Sequence[PromptSet], samples: int = 1) -> Evaluation:
+    config = make_config(folder, samples)
+    sampling = evaluation_sampling(config.evaluation, config.rollout, ("stop",))
+    return Evaluation(config, sets, script, script, sampling, SilentLog(), script.flag)  # type: ignore[arg-type]
+
+
+def scores_of(folder: Path) -> Any:
+    return json.loads((folder / "evaluation" / "scores.json").read_text())
+
+
+def test_sampling_follows_the_configuration() -> None:
+    evaluation = EvaluationConfig(samples=3, temperature=0.6, top_p=0.95)
+    assert evaluation_sampling(evaluation, RolloutConfig(max_response_tokens=9, seed=4), ("x",)) == Sampling(3, 9, 0.6, 0.95, -1, ("x",), 4)
+
+
+def test_records_are_in_order_and_become_metrics() -> None:
     script = Script()
-    found = evaluate_sets(sets, script, script, SAMPLING)  # type: ignore[arg-type]
-    assert found == {
-        "evaluation/a_accuracy": 3 / 4,
-        "evaluation/a_length_tokens": 1.5,
-        "evaluation/b_accuracy": 0.0,
-        "evaluation/b_length_tokens": 1.0,
+    results = evaluate_prompts(make_set("a", 3).prompts, script, script, Sampling(2, 8, 1.0, 1.0, -1, (), 0))  # type: ignore[arg-type]
+    assert [result.question_id for result in results] == ["a/0", "a/1", "a/2"]
+    assert evaluation_metrics(score("a", results)) == {
+        "evaluation/a_accuracy": pytest.approx(2 / 3),
+        "evaluation/a_length_tokens": 2.0,
+        "evaluation/a_formatted_share": 1.0,
+        "evaluation/a_truncated_share": 0.0,
+        "evaluation/a_majority": pytest.approx(2 / 3),
+        "evaluation/a_pass_at_2": pytest.approx(2 / 3),
     }
+
+
+def test_scores_and_records_are_written(tmp_path: Path) -> None:
+    script = Script()
+    assert evaluate(make_run(tmp_path, script, [make_set("a", 6), make_set("b", 3)]))
+    assert script.calls == [["a/0", "a/1", "a/2", "a/3"], ["a/4", "a/5"], ["b/0", "b/1", "b/2"]]
+    tree = scores_of(tmp_path)
+    assert [(item["name"], item["questions"], item["accuracy"]) for item in tree["sets"]] == [("a", 6, 0.5), ("b", 3, pytest.approx(2 / 3))]
+    assert tree["mean_accuracy"] == pytest.approx(7 / 12)
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "a.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == [f"a/{index}" for index in range(6)]
+    assert rows[2]["attempts"] == [{"text": "2", "length": 3, "finish_reason": "stop", "verdict": "correct", "extracted": "2"}]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_stopped_evaluation_goes_on_to_the_same_scores(tmp_path: Path, samples: int) -> None:
+    sets = [make_set("a", 10), make_set("b", 3)]
+    assert evaluate(make_run(tmp_path / "whole", whole := Script(), sets, samples))
+    assert not evaluate(make_run(tmp_path / "broken", first := Script(limit=2), sets, samples))
+    assert not (tmp_path / "broken" / "evaluation" / "scores.json").exists()
+    assert evaluate(make_run(tmp_path / "broken", second := Script(), sets, samples))
+    assert first.calls + second.calls == whole.calls
+    assert scores_of(tmp_path / "broken") == scores_of(tmp_path / "whole")
+    assert evaluate(make_run(tmp_path / "broken", third := Script(), sets, samples))
+    assert third.calls == []
+
+
+@pytest.mark.parametrize("cut", [1, 40, 700])
+def test_a_file_cut_off_anywhere_is_completed(tmp_path: Path, cut: int) -> None:
+    sets = [make_set("a", 10)]
+    evaluate(make_run(tmp_path, Script(), sets))
+    path = tmp_path / "evaluation" / "a.jsonl"
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-cut])
+    evaluate(make_run(tmp_path, script := Script(), sets))
+    assert path.read_bytes() == complete
+    assert script.calls[0][0] in ("a/0", "a/4", "a/8")
+
+
+def test_responses_to_other_questions_are_refused(tmp_path: Path) -> None:
+    sets = [make_set("a", 6)]
+    evaluate(make_run(tmp_path, Script(), sets))
+    other = replace(sets[0], prompts=[replace(prompt, text=f"{prompt.text}!") for prompt in sets[0].prompts])
+    with pytest.raises(DataError, match="holds responses to other questions"):
+        evaluate(make_run(tmp_path, Script(), [other]))
 
 
 def test_messages_of_one_rank() -> None:
     assert ranks.gather([3, 1, 2]) == [3, 1, 2]
     assert ranks.gather([]) == []
+    assert ranks.broadcast([3, 1]) == [3, 1]
     assert ranks.any_rank(True) is True
     assert ranks.any_rank(False) is False

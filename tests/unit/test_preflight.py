@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1z import preflight
-from megatron_r1z.config import PretrainConfig, TrainConfig, make_config
+from megatron_r1z.config import EvaluateConfig, PretrainConfig, TrainConfig, dump_config, make_config
 from megatron_r1z.errors import ConfigError, DataError, MissingExtraError, UsageError
-from megatron_r1z.preflight import check_pretrain, check_train, require_libraries
+from megatron_r1z.preflight import check_evaluate, check_pretrain, check_train, require_libraries
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("vllm")
@@ -308,3 +308,60 @@ def test_libraries_come_first(folder: Path, library: str, monkeypatch: pytest.Mo
 
 def test_the_libraries_of_a_run_are_here() -> None:
     require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify"))
+
+
+def evaluate_config(folder: Path, **sections: dict[str, Any]) -> EvaluateConfig:
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder / "model")},
+        "data": {"template": "no", "max_prompt_tokens": 56},
+        "evaluation": {"sets": [{"path": str(folder / "questions.jsonl")}]},
+        "rollout": {"max_response_tokens": 200},
+        "precision": {"policy": "fp32", "engine": "fp32"},
+        "logging": {"folder": str(folder / "run")},
+    }
+    for name, fields in sections.items():
+        tree[name] = tree.get(name, {}) | fields
+    return make_config(EvaluateConfig, tree)
+
+
+def test_a_good_evaluation_passes(folder: Path) -> None:
+    check_evaluate(evaluate_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"checkpoint": "no/such/step_000001"}}, r"model.checkpoint no/such/step_000001 is not a complete checkpoint"),
+        ({"rollout": {"max_response_tokens": 9000}}, "the model has"),
+        ({"grading": {"extra": [{"function": "no/such.py:x"}]}}, "there is no file no/such.py"),
+        ({"evaluation": {"sets": [{"path": "no/such.jsonl"}]}}, "there is no file no/such.jsonl"),
+        ({"rollout": {"tensor_parallel_size": 3}, "parallel": {"num_ranks": 3}}, "heads"),
+    ],
+)
+def test_an_evaluation_that_cannot_work_is_refused(folder: Path, sections: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_evaluate(evaluate_config(folder, **(sections | {"rollout": {"max_response_tokens": 200} | sections.get("rollout", {})})))
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({"evaluation": {"temperature": 0.6}}, r"evaluation.temperature 0.0, which is now 0.6"),
+        ({"rollout": {"max_response_tokens": 100}}, r"rollout.max_response_tokens 200, which is now 100"),
+        ({"grading": {"mode": "fast"}}, r"grading.mode 'strict', which is now 'fast'"),
+        ({"parallel": {"num_ranks": 2}}, None),
+        ({"grading": {"workers": 4}}, None),
+        ({"rollout": {"temperature": 0.7}}, None),
+    ],
+)
+def test_responses_of_different_evaluations_are_not_mixed(folder: Path, changed: dict[str, dict[str, Any]], refused: str | None) -> None:
+    base = evaluate_config(folder)
+    base.folder.mkdir(parents=True)
+    (base.folder / "config.yaml").write_text(dump_config(base))
+    sets = {"sets": [{"path": str(folder / "questions.jsonl")}]}
+    config = evaluate_config(folder, **{name: fields | (sets if name == "evaluation" else {}) for name, fields in changed.items()})
+    if refused is None:
+        check_evaluate(config)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        check_evaluate(config)

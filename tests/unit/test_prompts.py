@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from megatron_r1z.prompts import (
     PromptStream,
     Question,
     load_prompts,
+    load_question_sets,
     load_questions,
     load_tokenizer,
     make_prompts,
     make_template,
     name_sources,
+    read_questions,
 )
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -199,9 +201,105 @@ class TestQuestions:
         assert len(load_questions(QuestionSource(path=str(SHARED / path)))) == count
 
     @needs_shared
+    def test_levels_of_math(self) -> None:
+        source = QuestionSource(path=str(SHARED / "eval/math.jsonl"), where={"level": (3, 4)})
+        assert len(load_questions(source)) == 105 + 128
+
+    @needs_shared
     def test_several_answers(self) -> None:
         questions = load_questions(QuestionSource(path=str(SHARED / "eval/minerva.jsonl"), answer_column="answers"))
         assert sorted({len(question.answers) for question in questions}) == [1, 2, 3]
+
+
+class TestSelection:
+    ROWS = tuple({"problem": f"p{index}", "answer": index, "level": index % 3, "hard": index > 5} for index in range(10))
+
+    @pytest.mark.parametrize(
+        ("where", "indices"),
+        [
+            ({}, range(10)),
+            ({"level": (1,)}, (1, 4, 7)),
+            ({"level": (1.0, 2)}, (1, 2, 4, 5, 7, 8)),
+            ({"level": (1,), "hard": (True,)}, (7,)),
+            ({"problem": ("p3", "p4", "p99")}, (3, 4)),
+            ({"level": (0, True)}, (0, 3, 6, 9)),
+        ],
+    )
+    def test_where_leaves_rows_out_and_ids_as_they_are(self, tmp_path: Path, where: Any, indices: Any) -> None:
+        source = replace(write_rows(tmp_path / "q.jsonl", list(self.ROWS)), where=where)
+        reading = read_questions(source)
+        assert [question.question_id for question in reading.questions] == [f"q/{index}" for index in indices]
+        assert reading.num_filtered == 10 - len(indices)
+        assert reading.faults == []
+
+    def test_offset_and_limit_count_the_rows_that_are_left(self, tmp_path: Path) -> None:
+        source = write_rows(tmp_path / "q.jsonl", list(self.ROWS))
+        parts = [replace(source, where={"level": (0,)}, offset=offset, limit=2) for offset in (0, 2)]
+        assert [[question.problem for question in load_questions(part)] for part in parts] == [["p0", "p3"], ["p6", "p9"]]
+
+    @pytest.mark.parametrize(
+        ("where", "message"),
+        [
+            ({"level": (3, "1")}, "q.jsonl holds no questions: where allows 3, '1' and 'level' is 0, 1, 2."),
+            ({"problem": ("p",)}, "'problem' is 'p0', 'p1', 'p2', 'p3', 'p4', 'p5', 'p6', 'p7', 'p8', 'p9'."),
+            ({"level": (1,), "problem": ("p2",)}, "holds no questions: no row has all that where asks for (level, problem)."),
+            ({"lvl": (1,)}, "q.jsonl:1: no column 'lvl'; the columns are 'problem', 'answer', 'level', 'hard'."),
+        ],
+    )
+    def test_a_filter_that_leaves_nothing_is_explained(self, tmp_path: Path, where: Any, message: str) -> None:
+        source = replace(write_rows(tmp_path / "q.jsonl", list(self.ROWS)), where=where)
+        with pytest.raises(DataError) as caught:
+            load_questions(source)
+        assert message in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("answer", "answers"),
+        [
+            ("48 / 2 = <<48/2=24>>24\n#### 72", ("72",)),
+            ("#### 1\n#### 1,000 ", ("1,000",)),
+            (["#### 1", "so #### 2"], ("1", "2")),
+        ],
+    )
+    def test_the_answer_stands_behind_the_last_marker(self, tmp_path: Path, answer: Any, answers: tuple[str, ...]) -> None:
+        source = replace(write_rows(tmp_path / "q.jsonl", [{"problem": "p", "answer": answer}]), answer_after="####")
+        assert load_questions(source)[0].answers == answers
+
+    @pytest.mark.parametrize(
+        ("answer", "message"),
+        [
+            ("The answer is 72", "'answer' has no '####' ('The answer is 72'); change answer_after, or remove the row."),
+            (72, "'answer' has no '####' (72)"),
+            (["#### 1", "2"], "'answer' has no '####' ('2')"),
+            ("#### ", "'answer' has no answer ('')"),
+        ],
+    )
+    def test_a_row_without_the_marker_is_named(self, tmp_path: Path, answer: Any, message: str) -> None:
+        source = replace(write_rows(tmp_path / "q.jsonl", [{"problem": "p", "answer": answer}]), answer_after="####")
+        with pytest.raises(DataError) as caught:
+            load_questions(source)
+        assert f"q.jsonl:1: {message}" in str(caught.value)
+
+    def test_all_unfit_rows_are_found_in_one_reading(self, tmp_path: Path) -> None:
+        rows = [{"problem": "p", "answer": 1}, "{", {"problem": "", "answer": 1}, {"problem": "p"}, {"problem": "q", "answer": 2}]
+        source = write_rows(tmp_path / "q.jsonl", rows)
+        reading = read_questions(source)
+        assert [question.question_id for question in reading.questions] == ["q/0", "q/4"]
+        assert [fault.split("q.jsonl:")[1][0] for fault in reading.faults] == ["2", "3", "4"]
+        with pytest.raises(DataError) as caught:
+            load_questions(source)
+        assert str(caught.value) == reading.faults[0]
+
+    def test_rows_that_are_not_chosen_are_not_judged(self, tmp_path: Path) -> None:
+        source = write_rows(tmp_path / "q.jsonl", ["{", {"problem": "p", "answer": 1}, "{"])
+        assert [question.question_id for question in load_questions(replace(source, offset=1, limit=1))] == ["q/1"]
+        assert len(read_questions(replace(source, offset=1)).faults) == 1
+
+    def test_sets_are_named_as_in_the_run(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            write_rows(tmp_path / name / "q.jsonl", [{"problem": name, "answer": 1}])
+        sets = load_question_sets([QuestionSource(path=str(tmp_path / name / "q.jsonl")) for name in ("a", "b")])
+        assert [(item.name, item.questions[0].question_id) for item in sets] == [("a-q", "a-q/0"), ("b-q", "b-q/0")]
 
 
 class TestPrompts:
@@ -244,6 +342,18 @@ class TestPrompts:
     def test_files_of_the_same_name_get_different_names(self) -> None:
         paths = ["data/gsm/train.jsonl", "data/math/train.jsonl", "data/math/test.parquet", "data/math/train.jsonl"]
         assert name_sources([QuestionSource(path=path) for path in paths]) == ["gsm-train", "math-train", "test", "math-train"]
+
+    def test_datasets_get_the_last_part_of_their_name_and_what_tells_them_apart(self) -> None:
+        def name(*sources: dict[str, str]) -> list[str]:
+            return name_sources([QuestionSource(**source) for source in sources])  # type: ignore[arg-type]
+
+        gsm8k = {"dataset": "openai/gsm8k", "subset": "main"}
+        assert name(gsm8k) == ["gsm8k"]
+        assert name(gsm8k, {"path": "data/math.jsonl"}) == ["gsm8k", "math"]
+        assert name(gsm8k, gsm8k | {"split": "test"}) == ["gsm8k-train", "gsm8k-test"]
+        assert name(gsm8k, gsm8k | {"subset": "socratic"}) == ["gsm8k-main-train", "gsm8k-socratic-train"]
+        assert name(gsm8k, {"dataset": "mine/gsm8k"}, {"path": "data/gsm8k.jsonl"}) == ["openai-gsm8k", "mine-gsm8k", "data-gsm8k"]
+        assert name({"dataset": "sets/math-2.5/"}, {"dataset": "a/math"}) == ["math-2.5", "math"]
 
 
 class TestTokenizer:

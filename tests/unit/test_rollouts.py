@@ -71,6 +71,7 @@ def test_a_row_is_complete(rows: list[dict[str, Any]]) -> None:
         "verdict": "truncated",
         "extracted": None,
         "reward": 0.0,
+        "extra_rewards": {},
         "advantage": pytest.approx(-1 / 3),
         "policy_version": 12,
         "step": 1,

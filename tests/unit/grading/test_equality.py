@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1z.grading import symbolic, text
+from megatron_r1z.grading import expression, numbers, parts, symbolic, text, units
 from megatron_r1z.grading.equality import MAX_LENGTH, Equality, compare, is_equal, settle
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -123,7 +123,7 @@ def test_different(answer: str, reference: str) -> None:
     assert not is_equal(reference, answer)
 
 
-@pytest.mark.parametrize("answer", ["12_5", "((", r"\frac{", "__import__('os')", "f'(x)", "5\\\\&%#"])
+@pytest.mark.parametrize("answer", ["((", r"\frac{", "__import__('os')", "f'(x)", "5%#", "(99^9)!", "9^{9^{9^9}}"])
 def test_what_cannot_be_read_is_unparsable(answer: str) -> None:
     assert compare(answer, r"\sqrt{2}+x") is Equality.UNPARSABLE
 
@@ -155,7 +155,7 @@ def test_numbers_are_compared_without_sympy_and_nothing_heavy_is_imported() -> N
 @given(st.integers(-(10**9), 10**9), st.integers(1, 10**6))
 def test_a_fraction_is_read_in_every_spelling(top: int, bottom: int) -> None:
     for spelling in (rf"\frac{{{top}}}{{{bottom}}}", f"{top}/{bottom}", f"{top}/{bottom}\\%"):
-        number = text.parse_number(text.normalise(spelling))
+        number = numbers.parse_number(text.normalise(spelling))
         assert number is not None
         assert number.value == Fraction(top, bottom) / (100 if number.percent else 1)
 
@@ -178,7 +178,7 @@ def test_normal_form_is_stable_and_any_text_equals_itself(raw: str) -> None:
     normal = text.normalise(raw)
     assert text.normalise(raw) == normal
     assert compare(raw, raw) is Equality.EQUAL
-    text.split_parts(normal), text.split_unit(normal), text.split_name(normal), text.parse_number(normal)
+    parts.split_parts(normal), units.split_unit(normal), text.split_name(normal), numbers.parse_number(normal), expression.parse(normal)
 
 
 def test_nothing_in_an_answer_is_executed(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_agreement_with_the_stored_cases() -> None:
             (rejected_right if truth else accepted_wrong).append(row["answer"])
     assert num_judged == 181
     assert accepted_wrong == []
-    assert rejected_right == ["½", "five", "1_000", "5 apples", r"\emptyset", "**5**", r"\ln 2", "C(4,2)", "3 million", r"\text{cm}"]
+    assert rejected_right == []
 
 
 def test_every_evaluation_reference_equals_itself_in_a_box_and_with_a_full_stop() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_r1z.config import GradingConfig
+from megatron_r1z.config import ExtraReward, GradingConfig
 from megatron_r1z.errors import DataError, R1ZError
-from megatron_r1z.grading import grader as grader_module
-from megatron_r1z.grading.grader import MathGrader, check_reward_function, make_grader
+from megatron_r1z.grading import comparer as comparer_module
+from megatron_r1z.grading.functions import check_reward_function
+from megatron_r1z.grading.grader import MathGrader
+from megatron_r1z.grading.modes import MODES
 from megatron_r1z.types import FinishReason, Group, Prompt, Response, Verdict, VerdictKind
 
 LIMIT_S = 1.5
@@ -28,9 +32,13 @@ def _grade(grader: MathGrader, *groups: Group) -> list[Verdict]:
     return [verdict for graded in grader.grade(groups) for verdict in graded.verdicts]
 
 
+def _make(timeout_s: float = LIMIT_S, **settings: Any) -> MathGrader:
+    return MathGrader(GradingConfig(timeout_s=timeout_s, **settings), "no")
+
+
 @pytest.fixture(scope="module")
 def boxed() -> Iterator[MathGrader]:
-    grader = MathGrader("boxed", None, 1, LIMIT_S)
+    grader = _make()
     yield grader
     grader.close()
 
@@ -63,7 +71,7 @@ def test_groups_keep_their_order_and_any_reference_will_do(boxed: MathGrader) ->
 
 
 def test_answer_tags() -> None:
-    grader = MathGrader("answer_tag", None, 1, LIMIT_S)
+    grader = _make(reward="answer_tag")
     responses = ["r</think> <answer>5</answer>", "r</think><answer>5</answer>", r"r</think> <answer>\boxed{5</answer>"]
     assert _grade(grader, _group(responses)) == [
         Verdict(VerdictKind.CORRECT, 1.0, "5"),
@@ -73,28 +81,30 @@ def test_answer_tags() -> None:
 
 
 def test_plain_answers_need_no_worker() -> None:
-    grader = MathGrader("boxed", None, 1, LIMIT_S)
+    grader = _make()
     verdicts = _grade(grader, _group([r"\boxed{5}", r"\boxed{5.0}", r"\boxed{6}", r"\boxed{}", "no"]))
     assert [verdict.reward for verdict in verdicts] == [1.0, 1.0, 0.0, 0.0, 0.0]
-    assert grader._comparisons.worker_pids == ()
+    assert grader._comparer._pool.worker_pids == ()
 
 
 def test_outcomes_are_remembered_but_never_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grader_module, "CACHE_SIZE", 2)
-    grader = MathGrader("boxed", None, 1, 30.0)
+    monkeypatch.setattr(comparer_module, "CACHE_SIZE", 2)
+    grader = _make(30.0)
     group = _group([rf"\boxed{{{number}/2}}" for number in range(8, 12)])
     first = _grade(grader, group)
     assert [verdict.kind for verdict in first] == [VerdictKind.WRONG, VerdictKind.WRONG, VerdictKind.CORRECT, VerdictKind.WRONG]
-    assert list(grader._cache) == [("10/2", "5"), ("11/2", "5")]
+    assert list(grader._comparer._cache) == [("10/2", "5"), ("11/2", "5")]
     grader.close()
     assert _grade(grader, _group([r"\boxed{10/2}"])) == [first[2]]
-    assert grader._comparisons.worker_pids == ()
+    assert grader._comparer._pool.worker_pids == ()
 
 
 def test_hostile_answers_are_contained(boxed: MathGrader, tmp_path: Path) -> None:
     witness = tmp_path / "x"
-    hanging = ["(99^9)!", "9^{9^{9^9}}"]
+    hanging = [r"\sum_{k=1}^{10^9} \sin(k)", r"\prod_{k=1}^{999999}(k+x)"]
     quick = [
+        "(99^9)!",
+        "9^{9^{9^9}}",
         "x" * 1_000_000,
         "9" * 1_000_000,
         "{" * 500_000 + "}" * 500_000,
@@ -123,15 +133,35 @@ def test_hostile_answers_are_contained(boxed: MathGrader, tmp_path: Path) -> Non
 
 
 def test_hostile_references_are_contained(boxed: MathGrader) -> None:
-    verdicts = _grade(boxed, _group([r"\boxed{x}"], ("(99^9)!",)), _group([r"\boxed{x}"], ("{" * 900,)), _group([r"\boxed{2/4}"], ("1/2",)))
-    assert [verdict.kind for verdict in verdicts] == [VerdictKind.TIMEOUT, VerdictKind.WRONG, VerdictKind.CORRECT]
+    verdicts = _grade(
+        boxed,
+        _group([r"\boxed{x}"], (r"\sum_{k=1}^{10^9} \sin(k)",)),
+        _group([r"\boxed{x}"], ("{" * 900,)),
+        _group([r"\boxed{2/4}"], ("1/2",)),
+    )
+    assert [verdict.kind for verdict in verdicts] == [VerdictKind.TIMEOUT, VerdictKind.UNPARSABLE, VerdictKind.CORRECT]
 
 
 def test_self_test(boxed: MathGrader, monkeypatch: pytest.MonkeyPatch) -> None:
     boxed.self_test()
-    monkeypatch.setattr(grader_module, "_SELF_TEST", (("1", "2", True),))
+    monkeypatch.setattr(boxed._comparer, "_mode", replace(MODES["strict"], self_test=(("1", "2", True),)))
     with pytest.raises(R1ZError, match="self-test on '1' against '2'"):
         boxed.self_test()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_passes_its_self_test_and_grades(mode: Any) -> None:
+    """`5 cm` equals `5 m` under the paper's grader, which drops units; its fast path does not compute a power."""
+    grader = _make(30.0, mode=mode)
+    grader.self_test()
+    verdicts = _grade(grader, _group([r"\boxed{5 cm}", r"\boxed{6 m}"], ("5 m",)), _group([r"\boxed{2^3}"], ("8",)))
+    grader.close()
+    expected = {
+        "strict": ["wrong", "wrong", "correct"],
+        "fast": ["correct", "wrong", "wrong"],
+        "math_verify": ["correct", "wrong", "correct"],
+    }
+    assert [verdict.kind.value for verdict in verdicts] == expected[mode]
 
 
 @pytest.mark.parametrize(
@@ -142,10 +172,12 @@ def test_self_test(boxed: MathGrader, monkeypatch: pytest.MonkeyPatch) -> None:
         ("auto", "no", r"\boxed{5}"),
         ("boxed", "r1", r"\boxed{5}"),
         ("answer_tag", "chat", r"</think> <answer>5</answer>"),
+        ("answer_tag_lenient", "chat", r"<answer>5</answer>"),
+        ("think_then_boxed", "r1", r"so</think> \boxed{5}"),
     ],
 )
-def test_make_grader(reward: str, template: str, right: str) -> None:
-    grader = make_grader(GradingConfig(reward=reward), template)  # type: ignore[arg-type]
+def test_where_the_answer_is_looked_for(reward: str, template: str, right: str) -> None:
+    grader = MathGrader(GradingConfig(reward=reward), template)  # type: ignore[arg-type]
     assert [verdict.kind for verdict in _grade(grader, _group([right]))] == [VerdictKind.CORRECT]
 
 
@@ -178,7 +210,7 @@ def reward(response, answers, finish_reason):
 
 
 def test_a_reward_function_of_the_users_own(write_function: Callable[[str], str], caplog: pytest.LogCaptureFixture) -> None:
-    grader = MathGrader("boxed", write_function(FUNCTION), 1, 1.0)
+    grader = _make(1.0, function=write_function(FUNCTION))
     grader.self_test()
     texts = ["5", "6", "great", "good", "fair", "raise", "nan", "text", "hang", "5"]
     verdicts = _grade(grader, _group(texts), _group(["5"], finish=FinishReason.LENGTH))
@@ -186,7 +218,42 @@ def test_a_reward_function_of_the_users_own(write_function: Callable[[str], str]
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 2.5, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0, -1.0]
     kinds = ["correct", "wrong", "correct", "correct", "wrong", "error", "error", "error", "timeout", "correct", "wrong"]
     assert [verdict.kind.value for verdict in verdicts] == kinds
-    assert caplog.messages == ["the reward function failed on 3 of 11 responses; the first: ValueError: I was told to"]
+    assert [message.partition(":reward ")[2] for message in caplog.messages] == [
+        "failed on 3 of 11 responses; the first: ValueError: I was told to"
+    ]
+
+
+EXTRA = """
+import time
+
+def brief(response, answers, finish_reason):
+    if response == "hang":
+        time.sleep(60)
+    return len(response)
+
+def broken(response, answers, finish_reason):
+    raise RuntimeError("no")
+"""
+
+
+def test_extra_rewards_are_added_and_leave_the_verdict(write_function: Callable[[str], str]) -> None:
+    path = write_function(EXTRA).removesuffix(":reward")
+    grader = _make(1.0, extra=(ExtraReward(function=f"{path}:brief", weight=-0.5),))
+    verdicts = _grade(grader, _group([r"\boxed{5}", "7 ", "hang"]))
+    grader.close()
+    assert verdicts == [
+        Verdict(VerdictKind.CORRECT, 1.0 - 0.5 * 9, "5", (("brief", 9.0),)),
+        Verdict(VerdictKind.UNFORMATTED, -1.0, None, (("brief", 2.0),)),
+        Verdict(VerdictKind.TIMEOUT, 0.0, None),
+    ]
+
+
+def test_a_failing_extra_reward_is_told_not_hidden(write_function: Callable[[str], str]) -> None:
+    path = write_function(EXTRA).removesuffix(":reward")
+    grader = _make(30.0, extra=(ExtraReward(function=f"{path}:brief"), ExtraReward(function=f"{path}:broken", weight=2.0)))
+    verdicts = _grade(grader, _group([r"\boxed{5}"]))
+    grader.close()
+    assert verdicts == [Verdict(VerdictKind.ERROR, 0.0, "5", (("brief", 9.0),))]
 
 
 def test_a_good_reward_function_passes_the_check(write_function: Callable[[str], str]) -> None:

@@ -1,0 +1,87 @@
+"""`megatron-r1z evaluate` with the real engine: broken off and resumed, from a folder and from a checkpoint, on one engine and on two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+QUESTIONS, CHUNK = 40, 8
+
+
+@pytest.fixture(scope="module")
+def evaluation(base: Path, task: Any) -> list[str]:
+    """Arguments of `evaluate`, but for the run folder: two engines, two samples; the file is a training run's."""
+    return [
+        "configs/quickstart.yaml",
+        f"model.path={base}",
+        f"evaluation.sets=[{{path: {task.questions}, limit: {QUESTIONS}}}]",
+        "evaluation.samples=2",
+        "evaluation.temperature=1.0",
+        "rollout.max_response_tokens=48",
+        f"rollout.max_concurrent_sequences={CHUNK}",
+        "rollout.tensor_parallel_size=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(evaluation: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, cli.run("evaluate", *evaluation, f"logging.folder={folder}")
+
+
+def scores_of(folder: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads((folder / "evaluation" / "scores.json").read_text())
+    return {name: value for name, value in tree.items() if name != "model"}
+
+
+def records_of(folder: Path) -> bytes:
+    path = folder / "evaluation" / "easy_questions.jsonl"
+    return path.read_bytes() if path.exists() else b""
+
+
+def test_it_ends_with_a_table_and_leaves_records(whole: tuple[Path, Any]) -> None:
+    folder, outcome = whole
+    assert (outcome.status, outcome.stderr, outcome.processes, outcome.segments) == (0, "", [], [])
+    (score,) = scores_of(folder)["sets"]
+    rows = [json.loads(line) for line in records_of(folder).splitlines()]
+    attempts = [attempt for row in rows for attempt in row["attempts"]]
+    assert [row["question_id"] for row in rows] == [f"easy_questions/{index}" for index in range(QUESTIONS)]
+    assert score["accuracy"] == pytest.approx(sum(attempt["verdict"] == "correct" for attempt in attempts) / (2 * QUESTIONS))
+    assert 0 < score["low"] < score["accuracy"] < score["high"] < 1
+    assert score["accuracy"] <= score["pass_at"]["2"] <= 2 * score["accuracy"]
+    assert f"easy_questions         {QUESTIONS}        2     {score['accuracy']:.1%}" in outcome.stdout
+
+
+def test_killed_half_way_it_goes_on_to_the_same_table(whole: tuple[Path, Any], evaluation: list[str], cli: Any, tmp_path: Path) -> None:
+    command = cli.start("evaluate", *evaluation, f"logging.folder={tmp_path}")
+    command.wait_until(lambda: records_of(tmp_path).count(b"\n") >= CHUNK)
+    command.end()
+    done = records_of(tmp_path).count(b"\n")
+    assert CHUNK <= done < QUESTIONS
+    outcome = cli.run("evaluate", *evaluation, f"logging.folder={tmp_path}")
+    assert outcome.status == 0
+    assert f"easy_questions: {done} of {QUESTIONS} questions are in" in outcome.stdout
+    assert records_of(tmp_path) == records_of(whole[0])
+    assert scores_of(tmp_path) == scores_of(whole[0])
+
+
+def test_a_checkpoint_in_another_layout_has_the_scores_of_its_export(
+    whole: tuple[Path, Any], evaluation: list[str], base: Path, task: Any, cli: Any, tmp_path: Path
+) -> None:
+    checkpoint = next((base.parents[1] / "checkpoints").glob("step_*"))
+    layout = ["parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=2"]
+    weights = [f"model.path={task.model}", f"model.checkpoint={checkpoint}"]
+    outcome = cli.run("evaluate", *evaluation, *layout, *weights, f"logging.folder={tmp_path}")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert records_of(tmp_path) == records_of(whole[0])
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole: tuple[Path, Any], evaluation: list[str], cli: Any) -> None:
+    outcome = cli.run("evaluate", *evaluation, "evaluation.temperature=0.5", f"logging.folder={whole[0]}")
+    assert outcome.status == 2
+    assert "evaluation.temperature 1.0, which is now 0.5; choose another logging.folder" in outcome.stderr
