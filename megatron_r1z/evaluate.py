@@ -48,9 +48,10 @@ def evaluation_metrics(item: SetScore) -> Metrics:
     metrics = {
         f"evaluation/{item.name}_accuracy": item.accuracy,
         f"evaluation/{item.name}_length_tokens": item.length.mean or 0.0,
-        f"evaluation/{item.name}_formatted_share": item.formatted_share,
         f"evaluation/{item.name}_truncated_share": item.truncated_share,
     }
+    if item.formatted_share is not None:
+        metrics[f"evaluation/{item.name}_formatted_share"] = item.formatted_share
     if item.majority is not None:
         metrics[f"evaluation/{item.name}_majority"] = item.majority
         metrics |= {f"evaluation/{item.name}_pass_at_{k}": value for k, value in item.pass_at.items() if k > 1}

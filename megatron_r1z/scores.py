@@ -142,7 +142,8 @@ class SetScore:
     length: Lengths
     length_right: Lengths
     length_wrong: Lengths
-    formatted_share: float
+    formatted_share: float | None
+    """None where answers are not looked for: a reward function of the user's own says nothing about its form."""
     truncated_share: float
     verdict_shares: dict[str, float]
 
@@ -171,7 +172,7 @@ def score(name: str, results: Sequence[QuestionResult]) -> SetScore:
         length=_lengths(attempts),
         length_right=_lengths([attempt for attempt in attempts if attempt.is_right]),
         length_wrong=_lengths([attempt for attempt in attempts if not attempt.is_right]),
-        formatted_share=fmean(attempt.is_formatted for attempt in attempts),
+        formatted_share=_formatted_share(attempts),
         truncated_share=fmean(attempt.finish_reason is FinishReason.LENGTH for attempt in attempts),
         verdict_shares={kind.value: kinds[kind] / len(attempts) for kind in VerdictKind},
     )
@@ -194,7 +195,7 @@ def interval(means: Sequence[float], samples: int) -> tuple[float, float]:
     responses, at least the questions.
 
     >>> [round(bound, 3) for bound in interval([1.0] * 45 + [0.0] * 155, 1)]
-    [0.172, 0.288]
+    [0.173, 0.288]
     """
     count, mean = len(means), fmean(means)
     variance = fmean((value - mean) ** 2 for value in means) / count
@@ -232,7 +233,7 @@ def _row(item: SetScore, ks: Sequence[int], voted: bool) -> list[str]:
         *(f"{item.pass_at[k]:.1%}" if k in item.pass_at else "-" for k in ks),
         *([] if not voted else ["-" if item.majority is None else f"{item.majority:.1%}"]),
         *("-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value) for value in lengths),
-        f"{item.formatted_share:.1%}",
+        "-" if item.formatted_share is None else f"{item.formatted_share:.1%}",
         f"{item.truncated_share:.1%}",
     ]
 
@@ -245,6 +246,11 @@ def _powers_up_to(samples: int) -> list[int]:
     """1, 2, 4, ... and the number itself; nothing for one response."""
     powers = [2**exponent for exponent in range(samples.bit_length()) if 2**exponent <= samples]
     return sorted({*powers, samples}) if samples > 1 else []
+
+
+def _formatted_share(attempts: Sequence[Attempt]) -> float | None:
+    is_looked_for = any(attempt.extracted is not None or attempt.verdict is VerdictKind.UNFORMATTED for attempt in attempts)
+    return fmean(attempt.is_formatted for attempt in attempts) if is_looked_for else None
 
 
 def _lengths(attempts: Sequence[Attempt]) -> Lengths:

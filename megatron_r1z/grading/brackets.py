@@ -40,7 +40,7 @@ def split_outside(text: str, separator: str) -> list[str]:
 def replace_calls(text: str, heads: Mapping[str, str]) -> str:
     r"""Calls as commands with braces, innermost ones too.
 
-    >>> replace_calls("2sqrt(2+sqrt(3))", {"sqrt": r"\\sqrt{"})
+    >>> replace_calls("2sqrt(2+sqrt(3))", {"sqrt": r"\sqrt{"})
     '2\\sqrt{2+\\sqrt{3}}'
     """
     pattern = re.compile(rf"\\?(?<![A-Za-z])({'|'.join(heads)}) ?\(")

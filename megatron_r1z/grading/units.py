@@ -32,6 +32,12 @@ lb        1            lb pound lbs
 lb        1/16         oz ounce
 l         1            l L liter litre
 l         1/1000       ml mL milliliter millilitre
+cup       1            cup
+cup       1/16         tablespoon tbsp
+cup       1/48         teaspoon tsp
+cup       2            pint
+cup       4            quart
+cup       16           gallon gal
 s         1            s sec second
 s         1/1000       ms millisecond
 s         60           min minute
@@ -58,6 +64,7 @@ Hz        1            Hz hertz
 N         1            N newton
 J         1            J joule
 J         1000         kJ kilojoule
+J         3600000      kWh
 eV        1            eV
 W         1            W watt
 W         1000         kW kilowatt

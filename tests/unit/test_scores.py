@@ -169,6 +169,8 @@ def test_without_answers_there_is_no_vote() -> None:
     found = make_results([GradedGroup(group, verdicts)], None)
     assert found[0].majority is None
     assert score("a", found).pass_at == {1: 0.5, 2: 1.0}
+    assert score("a", found).formatted_share is None
+    assert " - " in render([score("a", found)])
 
 
 def test_one_response_asks_for_no_comparison() -> None:

@@ -51,6 +51,8 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
         (r"\frac{1}{2}\begin{pmatrix} 2 \\ 4 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ],
     "units": [
+        (r"\frac{3}{4} \text{ cup}", "0.75"),
+        ("2 quarts", "8 cups"),
         ("5 m", "5"),
         ("5 m", r"5\text{ m}"),
         ("5 m", "5m"),
