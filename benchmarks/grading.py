@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_r1z.grading.equality import compare
+from megatron_r1z.grading.equality import compare, warm_up
 from megatron_r1z.grading.pool import OutcomeKind, WorkerPool
 
 Pair = tuple[str, str]
@@ -125,9 +125,7 @@ def measure_poisoned(pairs: Sequence[Pair], chooser: random.Random) -> None:
 
 def _make_strict() -> Callable[[Pair], object]:
     """Set a worker up."""
-    from megatron_r1z.grading import symbolic
-
-    symbolic.warm_up()
+    warm_up()
     return lambda pair: compare(*pair)
 
 
@@ -139,13 +137,13 @@ def _make_math_verify() -> Callable[[Pair], object]:
 
 
 def _make_timed() -> Callable[[Pair], float]:
-    """Set a worker up that answers with the seconds of each comparison."""
+    """Set a worker up that answers with the processor seconds of each comparison, on which other processes have no say."""
     strict = _make_strict()
 
     def seconds(pair: Pair) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         strict(pair)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     return seconds
 

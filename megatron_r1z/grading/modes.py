@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_r1z.config import GradingMode
-from megatron_r1z.grading import equality, reference, symbolic
+from megatron_r1z.grading import equality, reference
 from megatron_r1z.grading.equality import Equality
 
 Comparison = Callable[[str, str], Equality]
@@ -38,7 +38,7 @@ _ALWAYS = (
 )
 
 MODES: Mapping[GradingMode, Mode] = {
-    "strict": Mode(equality.compare, equality.settle, symbolic.warm_up, (*_ALWAYS, ("2^3", "8", True), ("5 cm", "5 m", False))),
+    "strict": Mode(equality.compare, equality.settle, equality.warm_up, (*_ALWAYS, ("2^3", "8", True), ("5 cm", "5 m", False))),
     "fast": Mode(reference.compare_fast, _same_text, reference.warm_up, (*_ALWAYS, ("5 cm", "5 m", True), ("2^3", "8", False))),
     "math_verify": Mode(
         reference.compare_math_verify, _same_text, reference.warm_up, (*_ALWAYS, ("5 cm", "5 m", True), ("2^3", "8", True))

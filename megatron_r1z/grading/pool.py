@@ -7,6 +7,7 @@ entry point needs its main guard. A worker dies with the thread that started it 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -216,6 +217,7 @@ def _serve(connection: Connection[Any, Any], setup: Callable[[], Callable[[Any],
     except Exception as error:  # noqa: BLE001  (the parent raises it)
         connection.send(_failure(error))
         return
+    gc.freeze()  # what the libraries have loaded lives as long as the worker; looking through it takes as long as hundreds of comparisons
     connection.send(_Ready())
     while True:
         try:

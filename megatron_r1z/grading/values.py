@@ -46,6 +46,14 @@ def constant(text: str) -> Any | None:
     return inexact(make_context(COARSE_DIGITS), found.value) if found.is_real and found.value is not None else None
 
 
+def is_too_large(text: str) -> bool:
+    """Whether a text that can be read has a value beyond the bounds of `evaluation`."""
+    try:
+        return parse(text) is not None and sample(text, 0) is None
+    except TooLargeError:
+        return True
+
+
 def points(*texts: str) -> range:
     """The points that tell expressions apart; one is enough for constants."""
     return range(NUM_POINTS if any(expression.symbols for expression in map(parse, texts) if expression) else 1)
