@@ -22,7 +22,16 @@ from megatron_r1z.certificate import make_certificate
 from megatron_r1z.checkpoint import Checkpoints
 from megatron_r1z.config import TrainConfig
 from megatron_r1z.evaluate import evaluate_prompts, evaluation_metrics, evaluation_sampling
-from megatron_r1z.metrics import Metrics, RunLog, Stopwatch, combine_steps, refit_metrics, rollout_metrics, update_metrics
+from megatron_r1z.metrics import (
+    Metrics,
+    RunLog,
+    Stopwatch,
+    combine_steps,
+    grading_warning,
+    refit_metrics,
+    rollout_metrics,
+    update_metrics,
+)
 from megatron_r1z.objective import OBJECTIVES, Objective
 from megatron_r1z.packing import GlobalBatch, pack
 from megatron_r1z.policy.policy import MegatronPolicy
@@ -242,6 +251,9 @@ def _record(run: Run, graded: Sequence[GradedGroup], stats: Sequence[UpdateStats
     metrics = rollout_metrics(graded) | combine_steps(steps) | refit_metrics(receipt) | run.watch.lap()
     run.log.write("iteration", run.state.iteration, metrics)
     run.log.row(_cells(run.state.iteration, metrics))
+    warning = grading_warning(metrics)
+    if warning is not None:
+        run.log.say(warning)
 
 
 def _cells(iteration: int, metrics: Metrics) -> dict[str, str]:

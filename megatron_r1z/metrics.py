@@ -17,6 +17,8 @@ from statistics import fmean
 from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, UpdateStats, VerdictKind
 
 Metrics = dict[str, float]
+MAX_UNGRADED_SHARE = 0.02
+"""Of the responses of an iteration; hostile answers are rarer, so beyond it the grader or the machine has a problem."""
 
 
 def rollout_metrics(graded: Sequence[GradedGroup]) -> Metrics:
@@ -44,6 +46,15 @@ def rollout_metrics(graded: Sequence[GradedGroup]) -> Metrics:
         f"grading/extra_{name}_mean": fmean(value for other, value in extras if other == name)
         for name in dict.fromkeys(n for n, _ in extras)
     }
+
+
+def grading_warning(metrics: Metrics) -> str | None:
+    """A sentence where more than `MAX_UNGRADED_SHARE` of the responses were not judged but given up, else None."""
+    given_up = {kind: metrics[f"grading/{kind.value}_share"] for kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR)}
+    if sum(given_up.values()) <= MAX_UNGRADED_SHARE:
+        return None
+    shares = ", ".join(f"{kind.value} {share:.1%}" for kind, share in given_up.items())
+    return f"warning: {shares} of the responses, which have reward 0 whatever they hold; raise grading.timeout_s (docs/grading.md)."
 
 
 def update_metrics(stats: UpdateStats) -> Metrics:

@@ -12,7 +12,7 @@ from megatron_r1z.grading import numbers, relations, symbolic, text, units, valu
 from megatron_r1z.grading.answers import extract_boxed
 from megatron_r1z.grading.brackets import nesting
 from megatron_r1z.grading.expression import parse
-from megatron_r1z.grading.parts import Parts, ratio_as_fraction, split_parts, without_names
+from megatron_r1z.grading.parts import Parts, as_one_kind, ratio_as_fraction, split_parts, without_names
 
 MAX_LENGTH = 2000
 """Longer answers are compared as text only; the longest reference of the published question sets has 204 characters."""
@@ -108,7 +108,8 @@ def _compare(answer: str, reference: str, depth: int) -> Equality:
     left, right = left or Parts("set", [answer]), right or Parts("set", [reference])
     if (left.kind == "named") != (right.kind == "named"):
         left, right = without_names(left), without_names(right)
-        left, right = (Parts("()", side.items) if side.kind == "set" else side for side in (left, right))
+        left, right = (Parts("()", side.items) if side.kind in ("list", "set") else side for side in (left, right))
+    left, right = as_one_kind(left, right)
     if left.kind != right.kind or len(left.items) != len(right.items):
         return Equality.DIFFERENT
     if depth == 0 or len(left.items) > MAX_ITEMS:
@@ -198,6 +199,7 @@ def _is_same_value(left: str, right: str) -> bool | None:
         return values.is_same(left, right)
     if values.is_too_large(left) or values.is_too_large(right):  # sympy would try
         return None
-    if symbolic.is_beyond_grammar(left) or symbolic.is_beyond_grammar(right):
+    is_left_read, is_right_read = (parse(side) is not None or symbolic.is_beyond_grammar(side) for side in (left, right))
+    if is_left_read and is_right_read:
         return symbolic.is_same_expression(left, right)
-    return None if parse(left) is None else False
+    return False if is_left_read else None

@@ -10,15 +10,15 @@ from megatron_r1z.grading.brackets import is_enclosed, split_outside
 from megatron_r1z.grading.text import split_name
 
 _MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).)*)\\end\{pmatrix\}", re.DOTALL)
-_UNORDERED = ("set", "union", "named")
+_UNORDERED = ("list", "set", "union", "named")
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """A composite answer.
 
-    `kind` is `set` (order is free), `union` and `named` (likewise), `matrix` (of rows), `row`, `ratio`, or the two brackets of a tuple or
-    interval.
+    `kind` is `list` (no brackets) or `set` (order is free), `union` and `named` (likewise), `matrix` (of rows), `row`, `ratio`, or the two
+    brackets of a tuple or interval.
     """
 
     kind: str
@@ -43,7 +43,7 @@ def split_parts(text: str) -> Parts | None:
     if len(items := split_outside(text, r"\cup")) > 1:
         return _union(items)
     if len(items := [variant for item in split_outside(text, ",") for variant in both_signs(item)]) > 1:
-        return Parts("named" if _have_own_names(items) else "set", items)
+        return Parts("named" if _have_own_names(items) else "list", items)
     if is_enclosed(text, r"\{", "}"):
         return Parts("set", _elements(text))
     for opening, closing in ("()", "[]", "(]", "[)"):
@@ -52,6 +52,15 @@ def split_parts(text: str) -> Parts | None:
                 return Parts("matrix", ["&".join(split_outside(item[1:-1], ",")) for item in items])
             return Parts(opening + closing, items)
     return _ratio(text)
+
+
+def as_one_kind(left: Parts, right: Parts) -> tuple[Parts, Parts]:
+    """A list without brackets is read as what stands on the other side: a set, or a tuple in round brackets."""
+    kinds = {left.kind, right.kind}
+    if kinds in ({"list", "set"}, {"list", "()"}):
+        (kind,) = kinds - {"list"}
+        return Parts(kind, left.items), Parts(kind, right.items)
+    return left, right
 
 
 def without_names(parts: Parts) -> Parts:

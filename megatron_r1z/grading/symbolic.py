@@ -18,6 +18,9 @@ MAX_NESTING = 10
 MAX_CHARACTERS = 300
 """Longer texts are not read."""
 
+CLEAR_DIFFERENCE = 1e-6
+"""Relative; at a point, well above what rounding can do."""
+
 _BEYOND_GRAMMAR = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|det|partial)(?![a-z])|\\begin\{[pv]matrix\}")
 _DROPPED = re.compile(r"['\"]|\d_")
 """Primes and the bases of numbers: latex2sympy reads `f'` as `f` and `101_2` as `101`."""
@@ -79,4 +82,16 @@ def _is_same(left: Any, right: Any) -> bool:
     if not (isinstance(left, Expr) and isinstance(right, Expr)):
         return bool(verify(right, left, timeout_seconds=None, allow_set_relation_comp=True))
     left, right = left.doit(), right.doit()
-    return bool(left == right) or bool(simplify(left - right) == 0)
+    return bool(left == right) or (not _differ_at_a_point(left, right) and bool(simplify(left - right) == 0))
+
+
+def _differ_at_a_point(left: Any, right: Any) -> bool:
+    """Whether they have clearly different values at one arbitrary point, which spares most wrong answers the slow `simplify`."""
+    from sympy import Rational, prime
+
+    names = sorted(left.free_symbols | right.free_symbols, key=str)
+    point = {symbol: Rational(prime(index + 7), 13) for index, symbol in enumerate(names)}
+    first, second = left.evalf(subs=point), right.evalf(subs=point)
+    if not (first.is_number and first.is_finite and second.is_number and second.is_finite):
+        return False
+    return bool(abs(first - second) > CLEAR_DIFFERENCE * max(abs(first), abs(second)))

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from megatron_r1z.metrics import RunLog, SilentLog, Stopwatch, combine_steps, refit_metrics, rollout_metrics, update_metrics
+from megatron_r1z.metrics import (
+    RunLog,
+    SilentLog,
+    Stopwatch,
+    combine_steps,
+    grading_warning,
+    refit_metrics,
+    rollout_metrics,
+    update_metrics,
+)
 from megatron_r1z.types import (
     FinishReason,
     GradedGroup,
@@ -201,3 +210,11 @@ def test_the_stopwatch_adds_up_until_the_lap(monkeypatch: pytest.MonkeyPatch) ->
         pass
     assert watch.lap() == {"time/grade_s": 1.0}
     assert watch.lap() == {}
+
+
+@pytest.mark.parametrize(("timeout", "error", "is_told"), [(0.0, 0.0, False), (0.01, 0.01, False), (0.03, 0.0, True), (0.0, 1.0, True)])
+def test_a_grader_that_gives_up_is_told(timeout: float, error: float, is_told: bool) -> None:
+    sentence = grading_warning({"grading/timeout_share": timeout, "grading/error_share": error})
+    assert (sentence is not None) == is_told
+    if sentence is not None:
+        assert f"timeout {timeout:.1%}, error {error:.1%}" in sentence
