@@ -89,9 +89,9 @@ def _tokens(text: str) -> list[str]:
     return found
 
 
-def _number(token: str) -> Node:
+def _number(token: str, sign: int = 1) -> Node:
     try:
-        return Node("number", name=token, value=Fraction(token))
+        return Node("number", name=token, value=sign * Fraction(token))
     except ValueError as error:  # more digits than int() reads
         raise ParseError(token) from error
 
@@ -219,6 +219,8 @@ class _Parser:
             self._position -= 1
             return self._group()
         name = token.removeprefix("\\")
+        if name == "Gamma" and self._peek() == "(":
+            return Node("factorial", (Node("add", (self._group(), _number("1", -1))),))
         if (len(token) == 1 and token.isalpha()) or name in _GREEK:
             return Node("symbol", name=name + self._subscript())
         if name in FUNCTIONS and name != token:

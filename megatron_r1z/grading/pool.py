@@ -30,6 +30,10 @@ START_LIMIT_S = 120.0
 """A worker that is not ready by then counts as failed; imports take a second or two on a quiet machine."""
 MAX_FAILED_STARTS = 3
 """In a row; then the pool gives up."""
+BATCH_TASKS = 64
+"""Tasks handed to a worker at once at most: one message each way costs as much as a comparison that needs no algebra."""
+REPORT_S = 0.005
+"""A worker keeps results back no longer than this, unless it is busy with one task."""
 DEFAULT_MEMORY_BYTES = 2 << 30
 """Address space of a worker; with sympy loaded it starts at about 0.1 GiB."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -60,7 +64,7 @@ class WorkerPool(Generic[Task, Result]):
     Args:
         setup: picklable; returns the function that handles a task.
         num_workers: processes at most; they start when there are tasks for them.
-        timeout_s: wall-clock limit of one task, counted from the moment it is handed to a ready worker.
+        timeout_s: wall-clock limit of one task, counted from the moment at which a worker takes it up.
         memory_bytes: address space of one worker, None for no limit. A worker that exceeds it dies and its task is an error.
     """
 
@@ -86,6 +90,8 @@ class WorkerPool(Generic[Task, Result]):
     def run(self, tasks: Sequence[Task]) -> list[Outcome[Result]]:
         """One outcome per task, in their order; a task that hangs or crashes delays no other beyond the worker it occupies.
 
+        Tasks are handed over in batches; one that was done but not reported when its worker had to be killed is done again.
+
         Raises:
             R1ZError: workers do not start.
         """
@@ -108,9 +114,10 @@ class WorkerPool(Generic[Task, Result]):
             self._fill(len(tasks) - len(outcomes))
             for worker in self._workers:
                 if worker.is_idle and waiting:
-                    worker.assign(*waiting.popleft(), self._timeout_s)
+                    size = max(1, min(BATCH_TASKS, len(waiting) // (2 * self._num_workers)))
+                    worker.assign([waiting.popleft() for _ in range(size)])
             for worker in self._wait():
-                self._collect(worker, outcomes)
+                waiting.extendleft(reversed(self._collect(worker, outcomes)))
         return [outcomes[index] for index in range(len(tasks))]
 
     def _fill(self, num_tasks: int) -> None:
@@ -118,44 +125,52 @@ class WorkerPool(Generic[Task, Result]):
         for worker in [worker for worker in self._workers if worker.is_idle and not worker.is_alive]:
             self._retire(worker)
         while len(self._workers) < min(self._num_workers, num_tasks):
-            self._workers.append(_Worker(self._setup, self._memory_bytes))
+            self._workers.append(_Worker(self._setup, self._timeout_s, self._memory_bytes))
 
     def _wait(self) -> list[_Worker]:
-        """The workers that have something to say or whose deadline is over; blocks until there is one."""
+        """The workers that have something to say or whose deadline is over; blocks until there may be one."""
         pending = [worker for worker in self._workers if not worker.is_idle]
-        earliest = min(worker.deadline for worker in pending)
+        earliest = min(worker.deadline() for worker in pending)
         readable = wait([worker.connection for worker in pending], max(0.0, earliest - monotonic()))
         now = monotonic()
-        return [worker for worker in pending if worker.connection in readable or worker.deadline <= now]
+        return [worker for worker in pending if worker.connection in readable or worker.deadline() <= now]
 
-    def _collect(self, worker: _Worker, outcomes: dict[int, Outcome[Result]]) -> None:
-        """Take a worker's message; without one it is past its deadline, or dead, and goes."""
-        message: _Ready | Outcome[Result]
+    def _collect(self, worker: _Worker, outcomes: dict[int, Outcome[Result]]) -> Sequence[tuple[int, Task]]:
+        """Take a worker's message; without one it is past its deadline, or dead, and goes. Returns the tasks that it leaves undone."""
+        place = worker.place()  # before the deadline, so that the two belong together
         if not worker.connection.poll():
-            message = Outcome(OutcomeKind.TIMEOUT, None, "the time limit is over")
-            self._retire(worker)
-        else:
-            try:
-                message = worker.connection.recv()
-            except (EOFError, OSError):
-                message = Outcome(OutcomeKind.ERROR, None, "the worker died")
-                self._retire(worker)
-        if worker.task_index is not None:
-            assert isinstance(message, Outcome)
-            outcomes[worker.task_index] = message
-            worker.task_index = None
-        else:
-            self._note_start(worker, message)
-
-    def _note_start(self, worker: _Worker, message: _Ready | Outcome[Result]) -> None:
+            if worker.deadline() > monotonic():
+                return ()  # it went on while others were looked after
+            return self._give_up(worker, place, Outcome(OutcomeKind.TIMEOUT, None, "the time limit is over"), outcomes)
+        try:
+            message: _Ready | Outcome[Result] | list[Outcome[Result]] = worker.connection.recv()
+        except (EOFError, OSError):
+            return self._give_up(worker, worker.place(), Outcome(OutcomeKind.ERROR, None, "the worker died"), outcomes)
         if isinstance(message, _Ready):
             worker.is_ready, self._failed_starts = True, 0
-            return
+        elif isinstance(message, Outcome):  # its setup failed
+            return self._give_up(worker, place, message, outcomes)
+        else:
+            outcomes.update(zip(worker.finish(len(message)), message, strict=True))
+        return ()
+
+    def _give_up(
+        self, worker: _Worker, place: int, outcome: Outcome[Result], outcomes: dict[int, Outcome[Result]]
+    ) -> Sequence[tuple[int, Task]]:
+        """End a worker: `outcome` is that of the task at `place` in its batch; the others are left."""
         self._retire(worker)
+        if not worker.is_ready:
+            self._note_failed_start(outcome)
+            return ()
+        left = list(worker.batch)
+        outcomes[left.pop(place)[0]] = outcome
+        return left
+
+    def _note_failed_start(self, outcome: Outcome[Result]) -> None:
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._failed_starts = 0
-            raise R1ZError(f"a grading worker could not start, {MAX_FAILED_STARTS} times in a row: {message.message}.")
+            raise R1ZError(f"a grading worker could not start, {MAX_FAILED_STARTS} times in a row: {outcome.message}.")
 
     def _retire(self, worker: _Worker) -> None:
         worker.kill()
@@ -169,17 +184,25 @@ class _Ready:
 
 
 class _Worker:
-    """The parent's end of one process: starting, then idle or busy with the task `task_index` until `deadline`."""
+    """The parent's end of one process: starting, then idle or busy with a batch of tasks.
 
-    def __init__(self, setup: Callable[[], Callable[[Any], Any]], memory_bytes: int | None) -> None:
+    In shared memory the process notes which of its tasks, counted from its start, it took up when, so that the parent knows the one that
+    hangs. The time is written before the number and read after it, so that no deadline is held against the wrong task.
+    """
+
+    def __init__(self, setup: Callable[[], Callable[[Any], Any]], timeout_s: float, memory_bytes: int | None) -> None:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, setup, memory_bytes, os.getpid()), daemon=True)
+        self._current = context.RawArray("d", [-1.0, 0.0])
+        arguments = (theirs, self._current, setup, memory_bytes, os.getpid())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self.is_ready = False
-        self.task_index: int | None = None
-        self.deadline = monotonic() + START_LIMIT_S
+        self._timeout_s = timeout_s
+        self.batch: deque[tuple[int, Any]] = deque()
+        self._num_finished = 0
+        self._asked = monotonic()
 
     @property
     def pid(self) -> int:
@@ -191,13 +214,26 @@ class _Worker:
 
     @property
     def is_idle(self) -> bool:
-        return self.is_ready and self.task_index is None
+        return self.is_ready and not self.batch
 
-    def assign(self, index: int, task: Any, timeout_s: float) -> None:
-        self.task_index = index
-        with suppress(OSError):  # it died just now: the end of its pipe, which is found next, makes this task an error
-            self.connection.send(task)
-        self.deadline = monotonic() + timeout_s
+    def deadline(self) -> float:
+        """When it is to be given up unless it reports or takes up another task."""
+        return self._asked + START_LIMIT_S if not self.is_ready else max(self._asked, self._current[1]) + self._timeout_s
+
+    def assign(self, batch: Sequence[tuple[int, Any]]) -> None:
+        self.batch.extend(batch)
+        with suppress(OSError):  # it died just now, which the end of its pipe tells next
+            self.connection.send([task for _, task in batch])
+        self._asked = monotonic()
+
+    def finish(self, count: int) -> list[int]:
+        """The indices of the next tasks of the batch, which it has done."""
+        self._num_finished += count
+        return [self.batch.popleft()[0] for _ in range(count)]
+
+    def place(self) -> int:
+        """Where in its batch it is; before that place may be tasks that it has done and not reported."""
+        return max(0, int(self._current[0]) - self._num_finished)
 
     def kill(self) -> None:
         self._process.kill()
@@ -205,8 +241,14 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection[Any, Any], setup: Callable[[], Callable[[Any], Any]], memory_bytes: int | None, parent_pid: int) -> None:
-    """The worker's life: restrict itself, set up, say so, answer tasks until the pipe closes."""
+def _serve(
+    connection: Connection[Any, Any],
+    current: Any,
+    setup: Callable[[], Callable[[Any], Any]],
+    memory_bytes: int | None,
+    parent_pid: int,
+) -> None:
+    """The worker's life: restrict itself, set up, say so, work through batches of tasks until the pipe closes."""
     _die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when work ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -219,12 +261,23 @@ def _serve(connection: Connection[Any, Any], setup: Callable[[], Callable[[Any],
         return
     gc.freeze()  # what the libraries have loaded lives as long as the worker; looking through it takes as long as hundreds of comparisons
     connection.send(_Ready())
+    number = 0
     while True:
         try:
-            task = connection.recv()
+            tasks = connection.recv()
         except EOFError:
             return
-        connection.send(_attempt(function, task))
+        outcomes: list[Outcome[Any]] = []
+        reported = monotonic()
+        for task in tasks:
+            current[1] = started = monotonic()
+            current[0] = number
+            if outcomes and started - reported > REPORT_S:
+                connection.send(outcomes)
+                outcomes, reported = [], started
+            outcomes.append(_attempt(function, task))
+            number += 1
+        connection.send(outcomes)
 
 
 def _attempt(function: Callable[[Any], Any], task: Any) -> Outcome[Any]:

@@ -128,6 +128,13 @@ def test_what_cannot_be_read_is_unparsable(answer: str) -> None:
     assert compare(answer, r"\sqrt{2}+x") is Equality.UNPARSABLE
 
 
+@pytest.mark.parametrize("answer", ["(99^9)!", r"\Gamma(10^9)", r"9^{9^{9^9}}"])
+def test_huge_numbers_reach_neither_sympy_nor_a_wrong_verdict(answer: str) -> None:
+    for reference in ("5", r"\sqrt{2}+x", r"\sum_{k=1}^n k", r"\lim_{x\to 0}\frac{\sin x}{x}"):
+        assert compare(answer, reference) is Equality.UNPARSABLE
+        assert compare(reference, answer) is not Equality.EQUAL
+
+
 def test_bases_are_part_of_a_number() -> None:
     assert is_equal("2516_8", "2516_{8}")
     assert not is_equal("2516_8", "2516")

@@ -112,6 +112,24 @@ def test_a_hanging_task_is_killed_and_the_others_are_done(make_pool: Callable[..
     assert time.monotonic() - start < 5  # the limit, and room for a busy machine
 
 
+def test_the_limit_is_of_one_task_not_of_its_batch(make_pool: Callable[..., Pool]) -> None:
+    """Sixteen tasks are three batches, each over the limit as a whole."""
+    outcomes = make_pool(num_workers=1, timeout_s=0.6).run([("sleep", 0.2)] * 16)
+    assert _kinds(outcomes) == ["done"] * 16
+
+
+def test_hanging_and_dying_tasks_within_batches_cost_no_other_its_result(make_pool: Callable[..., Pool]) -> None:
+    kinds = ["echo"] * 150
+    for place in (0, 7, 8, 40, 149):
+        kinds[place] = "die"
+    for place in (3, 41):
+        kinds[place] = "spin"
+    outcomes = make_pool(num_workers=2, timeout_s=0.5).run([(kind, place) for place, kind in enumerate(kinds)])
+    expected = {"echo": "done", "die": "error", "spin": "timeout"}
+    assert _kinds(outcomes) == [expected[kind] for kind in kinds]
+    assert [outcome.result for outcome in outcomes] == [place if kind == "echo" else None for place, kind in enumerate(kinds)]
+
+
 def test_dying_tasks_are_errors_and_the_worker_is_replaced(make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(timeout_s=20)
     outcomes = pool.run([("raise", "why"), ("recurse", 0), ("die", 0), ("exit", 0), ("echo", 7)])
