@@ -249,7 +249,8 @@ def _powers_up_to(samples: int) -> list[int]:
 
 
 def _formatted_share(attempts: Sequence[Attempt]) -> float | None:
-    is_looked_for = any(attempt.extracted is not None or attempt.verdict is VerdictKind.UNFORMATTED for attempt in attempts)
+    told = (VerdictKind.UNFORMATTED, VerdictKind.TRUNCATED)  # a function of the user's own gives neither
+    is_looked_for = any(attempt.extracted is not None or attempt.verdict in told for attempt in attempts)
     return fmean(attempt.is_formatted for attempt in attempts) if is_looked_for else None
 
 

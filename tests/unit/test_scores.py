@@ -125,6 +125,11 @@ def test_single_responses_have_neither_pass_at_k_nor_majority() -> None:
     assert found.length_wrong.mean is None
 
 
+def test_responses_that_are_all_cut_off_are_unformatted() -> None:
+    cut = attempt(None, VerdictKind.TRUNCATED, 48, FinishReason.LENGTH)
+    assert score("a", [result("a/0", cut, cut, majority=0.0)]).formatted_share == 0.0
+
+
 def test_table() -> None:
     one, several = score("long-name", [result("a/0", right())]), score("b", [result("b/0", right(), attempt("2"), majority=0.5)])
     lines = render([one, several]).splitlines()
