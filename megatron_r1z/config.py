@@ -478,6 +478,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
+AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig
 Config = TypeVar("Config", TrainConfig, PretrainConfig, EvaluateConfig)
 
 
@@ -518,7 +519,7 @@ def to_tree(config: Any) -> Any:
     return config
 
 
-def dump_config(config: TrainConfig | PretrainConfig | EvaluateConfig) -> str:
+def dump_config(config: AnyConfig) -> str:
     """The resolved configuration as YAML; values that differ from their default carry `# default: ...`."""
     lines: list[str] = []
     for section in dataclasses.fields(config):

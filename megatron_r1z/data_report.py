@@ -24,6 +24,7 @@ from megatron_r1z.prompts import (
     name_sources,
     read_questions,
 )
+from megatron_r1z.tables import align
 
 MAX_FAULTS = 3
 """Unfit rows that are shown of each source."""
@@ -230,7 +231,7 @@ def _render_counts(sources: Sequence[SourceReport]) -> list[str]:
         ]
         for item in sources
     ]
-    return _align([head, *rows])
+    return align([head, *rows])
 
 
 def _render_contents(sources: Sequence[SourceReport]) -> list[str]:
@@ -244,22 +245,10 @@ def _render_contents(sources: Sequence[SourceReport]) -> list[str]:
         ]
         for item in sources
     ]
-    return _align([head, *rows])
+    return align([head, *rows])
 
 
 def _render_leak(leak: Leak) -> list[str]:
     counts = f"{leak.num_exact} word for word and {leak.num_near} nearly so, of {leak.num_questions}"
     examples = [f"    {item.evaluation_id} is {item.train_id} ({item.kind}, {item.share:.0%})" for item in leak.examples]
     return [f"  {leak.evaluation}: {counts}", *examples]
-
-
-def _align(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Columns of one width, the first to the left and the others to the right."""
-    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            str(cell).rjust(width) if column else str(cell).ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
@@ -108,7 +109,7 @@ def _evaluate_set(run: Evaluation, item: PromptSet) -> list[QuestionResult]:
         if dist.get_rank() == 0:
             _append_results(path, chunk)
         results += chunk
-        accuracy = score(item.name, results).accuracy
+        accuracy = fmean(result.num_right / len(result.attempts) for result in results)
         run.log.say(f"{item.name}: {len(results)} of {len(item.prompts)} questions, accuracy so far {accuracy:.1%}")
     return results
 
@@ -156,7 +157,7 @@ def _write_scores(path: Path, config: EvaluateConfig, scores: Sequence[SetScore]
         "template": config.data.template,
         "grading": config.grading.function or config.grading.mode,
         "temperature": config.evaluation.temperature,
-        "mean_accuracy": sum(item.accuracy for item in scores) / len(scores),
+        "mean_accuracy": fmean(item.accuracy for item in scores),
         "sets": [item.to_tree() for item in scores],
     }
     partial = path.with_suffix(".partial")

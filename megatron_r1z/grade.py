@@ -11,6 +11,7 @@ from megatron_r1z.errors import DataError
 from megatron_r1z.grading.answers import Extraction
 from megatron_r1z.grading.comparer import Comparer
 from megatron_r1z.grading.grader import make_verdict
+from megatron_r1z.rows import MalformedRow, read_row
 from megatron_r1z.types import FinishReason, Verdict, VerdictKind
 
 CHUNK_ROWS = 256
@@ -51,29 +52,20 @@ def grade_lines(lines: Iterable[str], output: TextIO, comparer: Comparer, extrac
 def _read(lines: Iterable[str], extract: Callable[[str], Extraction]) -> Iterator[_Item]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _make_item(_parse(line, number), number, extract)
+            row = read_row(number, f"line {number}", line.encode())
+            if isinstance(row, MalformedRow):
+                raise DataError(row.fault)
+            yield _make_item(row.values, row.where, extract)
 
 
-def _parse(line: str, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"line {number}: not valid JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise DataError(f"line {number}: each line must be a JSON object, not {type(row).__name__}.")
-    return row
-
-
-def _make_item(row: dict[str, Any], number: int, extract: Callable[[str], Extraction]) -> _Item:
+def _make_item(row: dict[str, Any], where: str, extract: Callable[[str], Extraction]) -> _Item:
     text = row.get("answer", row.get("response"))
     if not isinstance(text, str):
-        raise DataError(
-            f"line {number}: a row needs 'answer' or 'response' as text; its columns are {', '.join(map(repr, row)) or 'none'}."
-        )
+        raise DataError(f"{where}: a row needs 'answer' or 'response' as text; its columns are {', '.join(map(repr, row)) or 'none'}.")
     value = row.get("reference", row.get("answers"))
     references = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in references):
-        raise DataError(f"line {number}: 'reference' (or 'answers') must be text, a number or a list of them, not {value!r}.")
+        raise DataError(f"{where}: 'reference' (or 'answers') must be text, a number or a list of them, not {value!r}.")
     is_truncated = row.get("finish_reason", FinishReason.STOP.value) != FinishReason.STOP.value
     return _Item(row, Extraction(True, text) if "answer" in row else extract(text), tuple(map(str, references)), is_truncated)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1z.config import EvaluateConfig, PretrainConfig, TrainConfig, load_config, to_tree
+from megatron_r1z.config import AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, load_config, to_tree
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
@@ -44,11 +44,7 @@ def check_train(config: TrainConfig) -> list[str]:
         UsageError: one sentence with the numbers and what to do next.
     """
     require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify"))
-    shape = _check_model(config)
-    engine_layout(shape, config.parallel.num_ranks, config.rollout.tensor_parallel_size)
-    _check_head_size(shape)
-    _check_lengths(config, shape)
-    _check_prompting(config)
+    _check_sampling(config, _check_model(config))
     return leak_warnings(load_question_sets(config.data.train), load_question_sets(config.evaluation.sets))
 
 
@@ -61,10 +57,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify"))
     shape = load_shape(config.model.path)
     _check_weights(config, shape)
-    engine_layout(shape, config.parallel.num_ranks, config.rollout.tensor_parallel_size)
-    _check_head_size(shape)
-    _check_lengths(config, shape)
-    _check_prompting(config)
+    _check_sampling(config, shape)
     load_question_sets(config.evaluation.sets)
     _check_same_evaluation(config)
 
@@ -120,7 +113,7 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
     return shape
 
 
-def _check_weights(config: TrainConfig | PretrainConfig | EvaluateConfig, shape: ModelShape) -> None:
+def _check_weights(config: AnyConfig, shape: ModelShape) -> None:
     parallel, checkpoint = config.parallel, config.model.checkpoint
     topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
     megatron_layout(shape, topology, 1)
@@ -165,8 +158,11 @@ def _check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> N
         )
 
 
-def _check_prompting(config: TrainConfig | EvaluateConfig) -> None:
-    """How questions are put and graded."""
+def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
+    """The engine, and how questions are put and graded."""
+    engine_layout(shape, config.parallel.num_ranks, config.rollout.tensor_parallel_size)
+    _check_head_size(shape)
+    _check_lengths(config, shape)
     make_template(config.data, load_tokenizer(config.model.path))
     for function in [config.grading.function, *(item.function for item in config.grading.extra)]:
         if function is not None:

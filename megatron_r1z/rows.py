@@ -96,11 +96,12 @@ def _scan_jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield _make_row(index, f"{path}:{number}", line)
+                yield read_row(index, f"{path}:{number}", line)
                 index += 1
 
 
-def _make_row(index: int, where: str, line: bytes) -> Row:
+def read_row(index: int, where: str, line: bytes) -> Row:
+    """A line of JSONL; one that is no JSON object is a `MalformedRow`."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

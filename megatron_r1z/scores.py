@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from megatron_r1z.tables import align
 from megatron_r1z.types import FinishReason, GradedGroup, VerdictKind
 
 Z_95 = 1.959964
@@ -216,10 +217,7 @@ def render(scores: Sequence[SetScore]) -> str:
     rows = [header, *(_row(item, ks, voted) for item in scores)]
     if len(scores) > 1:
         rows.append(["mean", "", "", f"{fmean(item.accuracy for item in scores):.1%}", *[""] * (len(header) - 4)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(_pad(cell, width, place) for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows
-    )
+    return "\n".join(align(rows))
 
 
 def _row(item: SetScore, ks: Sequence[int], voted: bool) -> list[str]:
@@ -236,10 +234,6 @@ def _row(item: SetScore, ks: Sequence[int], voted: bool) -> list[str]:
         "-" if item.formatted_share is None else f"{item.formatted_share:.1%}",
         f"{item.truncated_share:.1%}",
     ]
-
-
-def _pad(cell: str, width: int, place: int) -> str:
-    return cell.ljust(width) if place == 0 else cell.rjust(width)
 
 
 def _powers_up_to(samples: int) -> list[int]:

@@ -48,10 +48,13 @@ def constant(text: str) -> Any | None:
 
 def is_too_large(text: str) -> bool:
     """Whether a text that can be read has a value beyond the bounds of `evaluation`."""
+    if parse(text) is None:
+        return False
     try:
-        return parse(text) is not None and sample(text, 0) is None
+        sample(text, 0)
     except TooLargeError:
         return True
+    return False
 
 
 def points(*texts: str) -> range:
