@@ -12,7 +12,7 @@
     parts        lists, sets, tuples, matrices, ratios taken apart
     relations    equations and inequalities, intervals and unions
     expression   the grammar of everything else
-    evaluation   what an expression is worth at a point, within bounds
+    arithmetic   what an expression is worth at a point, within bounds
     values       whether two expressions are worth the same
     symbolic     sums, integrals, limits: what is left to sympy, loaded inside its functions
 

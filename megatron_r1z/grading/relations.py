@@ -12,7 +12,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from megatron_r1z.grading import evaluation, values
+from megatron_r1z.grading import arithmetic, values
 from megatron_r1z.grading.brackets import is_enclosed, split_outside
 from megatron_r1z.grading.expression import parse
 from megatron_r1z.grading.parts import both_signs
@@ -53,7 +53,7 @@ def is_same_region(left: str, right: str) -> bool | None:
         return None
     try:
         first, second = _read(left), _read(right)
-    except evaluation.TooLargeError:
+    except arithmetic.TooLargeError:
         return None
     if first is None or second is None:
         return None
@@ -107,14 +107,14 @@ def _is_multiple(left: str, right: str, positive: bool) -> bool:
     if parse(left) is None or parse(right) is None or len(values.points(left)) == 1 or len(values.points(right)) == 1:
         return False
     try:
-        samples = [(evaluation.sample(left, point), evaluation.sample(right, point)) for point in values.points(left, right)]
-    except evaluation.TooLargeError:
+        samples = [(arithmetic.sample(left, point), arithmetic.sample(right, point)) for point in values.points(left, right)]
+    except arithmetic.TooLargeError:
         return False
     pairs = [(first.value, second.value) for first, second in samples if first.value is not None and second.value is not None]
     if len(pairs) < 3 or not all(pairs[0]):
         return False
     factor = values.divide(*pairs[0])
-    if positive and not (evaluation.is_real(factor) and factor > 0):
+    if positive and not (arithmetic.is_real(factor) and factor > 0):
         return False
     return all(values.is_close(values.multiply(factor, second), first) for first, second in pairs[1:])
 
@@ -266,8 +266,8 @@ def _solve(text: str, name: str, end: str) -> tuple[str, Fraction] | None:
     """Where a linear expression takes the value `end`, and its slope; None where it is not linear with rational coefficients."""
     if text == name:
         return end, Fraction(1)
-    places = [evaluation.point_value(name, point) for point in range(3)]
-    heights = [height for point in range(3) if isinstance(height := evaluation.sample(text, point).value, Fraction)]
+    places = [arithmetic.point_value(name, point) for point in range(3)]
+    heights = [height for point in range(3) if isinstance(height := arithmetic.sample(text, point).value, Fraction)]
     if len(heights) < 3:
         return None
     slope = (heights[1] - heights[0]) / (places[1] - places[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from megatron_r1z.grading.evaluation import COARSE_DIGITS, NUM_POINTS, Sample, TooLargeError, Value, inexact, make_context, sample
+from megatron_r1z.grading.arithmetic import COARSE_DIGITS, NUM_POINTS, Sample, TooLargeError, Value, inexact, make_context, sample
 from megatron_r1z.grading.expression import parse
 
 MAX_DIGITS = 4000
@@ -47,7 +47,7 @@ def constant(text: str) -> Any | None:
 
 
 def is_too_large(text: str) -> bool:
-    """Whether a text that can be read has a value beyond the bounds of `evaluation`."""
+    """Whether a text that can be read has a value beyond the bounds of `arithmetic`."""
     if parse(text) is None:
         return False
     try:
