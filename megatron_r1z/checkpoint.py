@@ -3,6 +3,8 @@
     checkpoints/step_000050/        complete, or it does not have this name: written as `.partial`, synced, renamed
     checkpoints/latest              the name of the newest complete one; moved last
 
+A checkpoint of weights alone (`megatron-r1z convert`) is a folder of its own, with `weights.json` in place of `state.json`.
+
 The tensor-parallel, pipeline-parallel and data-parallel sizes may change between save and load. No random number generator is kept: seeds
 are functions of the run's seed, the iteration and the prompt, and dropout is off.
 """
@@ -21,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_r1z.errors import DataError
+from megatron_r1z.errors import DataError, ExportError
+from megatron_r1z.folders import STATE_FILE, WEIGHTS_FILE
 from megatron_r1z.policy.cpu import megatron_device
+from megatron_r1z.ranks import broadcast
 
 if TYPE_CHECKING:
     from megatron_r1z.policy.policy import MegatronPolicy
@@ -44,19 +49,8 @@ class Checkpoints:
     def save(self, step: int, policy: MegatronPolicy, state: Mapping[str, Any]) -> Path:
         """Write checkpoint `step`; all ranks call this. `state` is JSON-able and the same on every rank."""
         target = self.folder / f"step_{step:06d}"
-        partial = target.with_suffix(".partial")
+        _save(target, policy.sharded_state(is_loading=False), STATE_FILE, state)
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        _write_results_in_process()
-        with megatron_device():
-            dist_checkpointing.save(policy.sharded_state(is_loading=False), str(partial))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            _write_synced(partial / "state.json", json.dumps(state, indent=1))
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
             _write_synced(self.folder / "latest.partial", target.name)
             (self.folder / "latest.partial").rename(self.folder / "latest")
             self._delete_old(target)
@@ -76,7 +70,7 @@ class Checkpoints:
             )
         with megatron_device():
             policy.load_state(dist_checkpointing.load(policy.sharded_state(is_loading=True), str(path)))
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
         return state
 
     def _delete_old(self, newest: Path) -> None:
@@ -87,14 +81,56 @@ class Checkpoints:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a checkpoint was written to its end; `state.json` comes last."""
-    return (path / "state.json").exists()
+    """Whether a checkpoint of a run was written to its end; `state.json` comes last."""
+    return (path / STATE_FILE).exists()
+
+
+def save_weights(path: Path, policy: MegatronPolicy, origin: Mapping[str, Any]) -> None:
+    """Write the weights alone, as a checkpoint that `load_weights` reads; all ranks call this.
+
+    Args:
+        path: folder to be written; an older one of that name is replaced when the new one is complete.
+        policy: whose weights.
+        origin: JSON-able, the same on every rank: where the weights come from.
+    """
+    _save(path, policy.sharded_weights(), WEIGHTS_FILE, origin)
 
 
 def load_weights(path: Path, policy: MegatronPolicy) -> None:
-    """Put the weights of a checkpoint, and nothing else of it, into `policy`; all ranks call this."""
+    """Put the weights of a checkpoint, and nothing else of it, into `policy`; all ranks call this.
+
+    Padding that the checkpoint does not have, because it was saved with another tensor-parallel size, becomes zero.
+    """
+    for tensor in policy.parameters().values():
+        tensor.zero_()
     with megatron_device():
         policy.load_weights(dist_checkpointing.load(policy.sharded_weights(), str(path)))
+
+
+def _save(target: Path, sharded: dict[str, Any], last_file: str, content: Mapping[str, Any]) -> None:
+    """Write what `sharded` describes and, last, a JSON file that says that it is complete; then give the folder its name.
+
+    Raises:
+        ExportError: on every rank, when one of them could not write.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    _write_results_in_process()
+    try:
+        with megatron_device():
+            dist_checkpointing.save(sharded, str(partial))
+    except CheckpointException as error:  # on every rank, with the reasons on rank 0
+        reasons = broadcast([str(reason) for reason, _ in error.failures.values()])
+        raise ExportError(f"cannot write {partial}: {reasons[0]}; make room there or name another folder.") from error
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _write_synced(partial / last_file, json.dumps(content, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    dist.barrier()
 
 
 def _write_results_in_process() -> None:

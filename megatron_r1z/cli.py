@@ -1,6 +1,6 @@
 """The command line. Exit status: 0 success, 1 a run that failed, 2 a mistake that the user can put right, 130 stopped by a signal.
 
-`train`, `pretrain` and `evaluate` start their ranks themselves; under torchrun the same command is one rank.
+`train`, `pretrain`, `evaluate` and `convert` start their ranks themselves; under torchrun the same command is one rank.
 """
 
 from __future__ import annotations
@@ -9,30 +9,47 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from megatron_r1z.config import AnyConfig, EvaluateConfig, GradingConfig, GradingMode, PretrainConfig, RewardForm, TrainConfig, load_config
+from megatron_r1z.config import (
+    AnyConfig,
+    EvaluateConfig,
+    GradingConfig,
+    GradingMode,
+    ParallelConfig,
+    PretrainConfig,
+    RewardForm,
+    TrainConfig,
+    load_config,
+)
 from megatron_r1z.errors import R1ZError, UsageError
+from megatron_r1z.folders import Kind
+from megatron_r1z.plan_report import ENGINE_KEYS, ITEMSIZE, POLICY_KEYS, Machine, make_plan_report, render_plan
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
 
 if TYPE_CHECKING:
     from megatron_r1z.assemble import Weights
+    from megatron_r1z.convert import Conversion
     from megatron_r1z.loop import Run
     from megatron_r1z.pretrain import Pretraining
 
 Config = TypeVar("Config", TrainConfig, PretrainConfig)
 AnyRun = TypeVar("AnyRun", "Run", "Pretraining")
 
+KINDS: dict[Kind, str] = {"hf": "a Hugging Face folder", "megatron": "a Megatron checkpoint"}
 EXAMPLES = {
     "train": "megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 logging.folder=runs/try",
     "pretrain": "megatron-r1z pretrain configs/quickstart-pretrain.yaml corpus.steps=200",
     "evaluate": "megatron-r1z evaluate configs/quickstart.yaml model.path=runs/quickstart/rl/hf/final logging.folder=runs/try",
     "data": "megatron-r1z data configs/quickstart.yaml",
+    "convert": "megatron-r1z convert runs/quickstart/rl/checkpoints/step_000016 exported --dtype bf16",
     "grade": "megatron-r1z grade --mode strict < answers.jsonl > verdicts.jsonl",
+    "plan": "megatron-r1z plan --model models/Llama-3-70B --from tp=8,pp=4,vpp=2 --to tp=8",
 }
 
 
@@ -64,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file")
         if name == "data":
             sub.add_argument("--json", metavar="FILE", help="write the report to FILE as well")
+    _add_convert(commands)
     _add_grade(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -81,6 +100,21 @@ def _add_command(commands: Any, name: str, command: Callable[[argparse.Namespace
     return sub
 
 
+def _add_convert(commands: Any) -> None:
+    text = "the weights of a checkpoint as a Hugging Face folder, or the other way round; the optimizer's state is left behind"
+    sub = _add_command(commands, "convert", _convert, text)
+    sub.add_argument("source", type=Path, metavar="SOURCE", help="model folder, or checkpoint of a run or of an earlier conversion")
+    sub.add_argument("target", type=Path, metavar="TARGET", help="folder to write; appears when it is complete")
+    sub.add_argument("--to", choices=get_args(Kind), help="what to write (default: the kind that SOURCE is not)")
+    sub.add_argument("--model", type=Path, metavar="FOLDER", help="config.json and tokenizer (default: what SOURCE was made with)")
+    sub.add_argument("--dtype", choices=("bf16", "fp32"), help="number format to write (default: that of SOURCE)")
+    sub.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size")
+    sub.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size")
+    sub.add_argument("--num-ranks", type=int, metavar="N", help="processes that share the work (default: tp x pp)")
+    sub.add_argument("--shard-gb", type=float, metavar="GB", help="bound of a safetensors file (default: 5)")
+    sub.add_argument("--overwrite", action="store_true", help="replace TARGET if it holds weights")
+
+
 def _add_grade(commands: Any) -> None:
     text = (
         "verdicts on JSONL from standard input: each row has 'answer', or a 'response' with the answer in it, and 'reference'; "
@@ -92,6 +126,32 @@ def _add_grade(commands: Any) -> None:
     sub.add_argument("--reward", choices=forms, default="boxed", help="where a response has its answer")
     sub.add_argument("--workers", type=int, default=1, help="processes that compare")
     sub.add_argument("--timeout", type=float, default=GradingConfig.timeout_s, metavar="SECONDS", help="limit of one comparison")
+
+
+def _add_plan(commands: Any) -> None:
+    text = "what a refit between two layouts moves and about how long it takes; needs neither ranks nor weights"
+    sub = _add_command(commands, "plan", _plan, text)
+    sub.add_argument("--model", required=True, metavar="FOLDER", help="model folder, or its config.json alone")
+    sub.add_argument(
+        "--from", required=True, dest="source", metavar="POLICY", help=f"degrees of the policy; keys: {', '.join(POLICY_KEYS)}"
+    )
+    sub.add_argument(
+        "--to",
+        required=True,
+        dest="destination",
+        metavar="ENGINES",
+        help=f"degrees of the engines; keys: {', '.join(ENGINE_KEYS)} (so many on ranks of their own; without it, on the policy's ranks)",
+    )
+    sub.add_argument("--dtype", choices=ITEMSIZE, default="bf16", help="number format of the engines")
+    sub.add_argument("--json", metavar="FILE", help="write the report to FILE as well")
+    for option, kind, default, help_text in (
+        ("--ranks-per-node", int, Machine.ranks_per_node, "consecutive ranks that share a node"),
+        ("--round-mb", int, Machine.round_bytes >> 20, "MiB that a rank sends and receives at most in one round"),
+        ("--local-gbs", float, Machine.local_gbs, "assumed GB/s of copies within a rank"),
+        ("--node-gbs", float, Machine.node_gbs, "assumed GB/s of a rank within its node, each direction"),
+        ("--network-gbs", float, Machine.network_gbs, "assumed GB/s of a rank between nodes, each direction"),
+    ):
+        sub.add_argument(option, type=kind, default=default, metavar="N", help=f"{help_text} (default: {default:g})")
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -107,6 +167,31 @@ def _pretrain(options: argparse.Namespace, arguments: list[str]) -> int:
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(EvaluateConfig, options.config, options.overrides)
     return _run(config, lambda: _check_evaluate(config), lambda: _evaluate_rank(config), options, arguments)
+
+
+def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_r1z.convert import check_target, plan_conversion
+
+    num_ranks = options.tp * options.pp if options.num_ranks is None else options.num_ranks
+    parallel = ParallelConfig(num_ranks=num_ranks, tensor_parallel_size=options.tp, pipeline_parallel_size=options.pp)
+    conversion = plan_conversion(
+        options.source,
+        options.target,
+        parallel,
+        kind=options.to,
+        model=options.model,
+        dtype=options.dtype,
+        shard_gb=options.shard_gb,
+    )
+    return _start_ranks(
+        parallel,
+        f"{options.source} becomes {KINDS[conversion.kind]} of {conversion.precision.policy} in {options.target}",
+        None,
+        lambda: check_target(conversion, overwrite=options.overwrite),
+        lambda: _convert_rank(conversion),
+        options,
+        arguments,
+    )
 
 
 def _data(options: argparse.Namespace, _arguments: list[str]) -> int:
@@ -135,8 +220,37 @@ def _grade(options: argparse.Namespace, _arguments: list[str]) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace, _arguments: list[str]) -> int:
+    machine = Machine(
+        ranks_per_node=options.ranks_per_node,
+        round_bytes=options.round_mb << 20,
+        local_gbs=options.local_gbs,
+        node_gbs=options.node_gbs,
+        network_gbs=options.network_gbs,
+    )
+    report = make_plan_report(options.model, options.source, options.destination, ITEMSIZE[options.dtype], machine)
+    print(render_plan(report))
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
 def _run(
     config: AnyConfig,
+    check: Callable[[], None],
+    rank_main: Callable[[], int],
+    options: argparse.Namespace,
+    arguments: list[str],
+) -> int:
+    """A run of which a configuration says everything."""
+    folder = Path(config.logging.folder)
+    return _start_ranks(config.parallel, f"the run folder is {folder}", folder / "errors", check, rank_main, options, arguments)
+
+
+def _start_ranks(
+    parallel: ParallelConfig,
+    purpose: str,
+    error_folder: Path | None,
     check: Callable[[], None],
     rank_main: Callable[[], int],
     options: argparse.Namespace,
@@ -149,10 +263,9 @@ def _run(
         # Of Megatron and vLLM about libraries that this machine does not need, such as apex.
         warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu|vllm)")
         return rank_entry(rank_main, debug=options.debug)
-    parallel, folder = config.parallel, Path(config.logging.folder)
-    print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); the run folder is {folder}", flush=True)
+    print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); {purpose}", flush=True)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of vLLM's memory binding; read when a rank imports torch
-    return run_ranks(parallel.num_ranks, parallel.threads_per_rank, arguments, error_folder=folder / "errors")
+    return run_ranks(parallel.num_ranks, parallel.threads_per_rank, arguments, error_folder=error_folder)
 
 
 def _check_train(config: TrainConfig) -> None:
@@ -199,6 +312,23 @@ def _evaluate_rank(config: EvaluateConfig) -> int:
         if not finished:
             run.log.say("stopped on request; the same command goes on where it was stopped")
     return 0 if finished else STOPPED
+
+
+def _convert_rank(conversion: Conversion) -> int:
+    from megatron_r1z.assemble import joined_ranks, make_policy, plan_weights
+    from megatron_r1z.convert import write
+
+    start = time.perf_counter()
+    with joined_ranks(conversion):
+        weights = plan_weights(conversion)
+        policy = make_policy(conversion, weights, temperature=1.0)
+        done = write(conversion, weights.shape, weights.layout, policy, start)
+    if os.environ["RANK"] == "0":
+        print(
+            f"wrote {conversion.target}: {done.num_tensors} tensors, {done.num_bytes} bytes in {done.num_files} files, "
+            f"{done.seconds:.1f} s, {done.peak_bytes / 1e9:.2f} GB of memory in the rank that needed most"
+        )
+    return 0
 
 
 def _be_rank(config: Config, make: Callable[[Config, Weights], AbstractContextManager[AnyRun]], work: Callable[[AnyRun], bool]) -> int:

@@ -21,6 +21,7 @@ from megatron_r1z.errors import ConfigError
 
 Template = Literal["r1", "qwen_math", "no", "few_shot", "chat"]
 GradingMode = Literal["strict", "fast", "math_verify"]
+RefitWay = Literal["planned", "gathered"]
 RewardForm = Literal["auto", "boxed", "answer_tag", "answer_tag_lenient", "think_then_boxed"]
 Algorithm = Literal["drgrpo", "grpo", "rloo", "token_mean"]
 Scalar = str | int | float | bool
@@ -198,6 +199,9 @@ class RolloutConfig:
     """Memory of the key-value cache of one rank."""
     max_concurrent_sequences: int = 256
     """Responses that one engine generates side by side."""
+    refit: RefitWay = "planned"
+    """How weights reach the engine. `planned`: each rank is sent what it lacks, and digests of both sides are compared. `gathered`: every
+    rank gathers whole tensors, which vLLM cuts itself; slow, and nothing is compared, for an engine that the planned way does not know."""
 
     def __post_init__(self) -> None:
         _positive(self, "prompts_per_iteration", "samples_per_prompt", "max_response_tokens")

@@ -6,6 +6,7 @@ R1ZError                 anything we raise on purpose; its text is one sentence 
 │   ├── DataError        a question file, a corpus or a model folder that cannot be used
 │   └── MissingExtraError  a library of another extra of setup.py is needed
 ├── EngineError          the rollout engine cannot serve: wrong version of the weights, or it died
+├── ExportError          weights could not be written, or do not read back as they were written
 └── RefitError           the hand-over of weights to the engine did not end in the right weights
 """
 
@@ -32,6 +33,10 @@ class MissingExtraError(UsageError):
 
 class EngineError(R1ZError):
     """The rollout engine cannot serve."""
+
+
+class ExportError(R1ZError):
+    """Weights could not be written; what was there before is still there."""
 
 
 class RefitError(R1ZError):

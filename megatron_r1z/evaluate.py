@@ -22,6 +22,9 @@ from megatron_r1z.scores import Attempt, QuestionResult, SetScore, make_results,
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import FinishReason, Prompt, VerdictKind
 
+EVALUATED = 0
+"""Policy version of the weights that `megatron-r1z evaluate` puts into its engine; they are the only ones."""
+
 
 def evaluation_sampling(evaluation: EvaluationConfig, rollout: RolloutConfig, stop: tuple[str, ...]) -> Sampling:
     """How the responses of an evaluation are sampled."""
@@ -36,9 +39,11 @@ def evaluation_sampling(evaluation: EvaluationConfig, rollout: RolloutConfig, st
     )
 
 
-def evaluate_prompts(prompts: Sequence[Prompt], engine: Engine, grader: Grader, sampling: Sampling) -> list[QuestionResult]:
+def evaluate_prompts(
+    prompts: Sequence[Prompt], engine: Engine, grader: Grader, sampling: Sampling, policy_version: int
+) -> list[QuestionResult]:
     """The record of each prompt, in order; all ranks call this and get the same records."""
-    graded = sorted(grader.grade(engine.generate(prompts, sampling)), key=lambda item: item.group.group_id)
+    graded = sorted(grader.grade(engine.generate(prompts, sampling, policy_version)), key=lambda item: item.group.group_id)
     judge = grader.judge if grader.finds_answers else None
     numbered = list(zip((item.group.group_id for item in graded), make_results(graded, judge), strict=True))
     return [result for _, result in sorted(ranks.gather(numbered), key=lambda pair: pair[0])]
@@ -105,7 +110,7 @@ def _evaluate_set(run: Evaluation, item: PromptSet) -> list[QuestionResult]:
         run.log.say(f"{item.name}: {len(results)} of {len(item.prompts)} questions are in {path}")
     while len(results) < len(item.prompts) and not ranks.any_rank(run.stop_flag.requested):
         run.log.phase(f"{item.name}: question {len(results) + 1} of {len(item.prompts)}")
-        chunk = evaluate_prompts(item.prompts[len(results) : len(results) + size], run.engine, run.grader, run.sampling)
+        chunk = evaluate_prompts(item.prompts[len(results) : len(results) + size], run.engine, run.grader, run.sampling, EVALUATED)
         if dist.get_rank() == 0:
             _append_results(path, chunk)
         results += chunk

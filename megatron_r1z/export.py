@@ -1,63 +1,40 @@
 """Weights from and to a folder in Hugging Face format, by the same layouts that describe policy and engine.
 
-Import: a rank reads the boxes that its blocks name, and nothing else. Export: a plan from the policy's layout to whole tensors that are
-spread over writers, then one or more safetensors files per writer.
+Import: a rank reads the boxes that its blocks name, in pieces, and nothing else. Export: each writer takes its tensors in waves of a few
+rows; all ranks carry out one plan per wave, from the policy's layout to these rows, and the writer appends them to its file. So neither a
+model nor a tensor has to fit anywhere: beside its parameters a rank holds what a wave stages, sends and receives, `PIECE_BYTES` of each.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_r1z.errors import DataError
-from megatron_r1z.layout.blocks import Block, Layout, box_slices, covered, hf_layout
+from megatron_r1z.errors import DataError, ExportError
+from megatron_r1z.export_plan import Shard, plan_shards, plan_waves
+from megatron_r1z.hf_files import (
+    PIECE_BYTES,
+    TensorReader,
+    TensorWriter,
+    locate_tensors,
+    make_empty,
+    replace_folder,
+    write_companions,
+    write_index,
+)
+from megatron_r1z.layout.blocks import Block, Box, Layout, box_slices, covered
 from megatron_r1z.layout.families import ModelShape, hf_tensors
-from megatron_r1z.layout.plan import make_plan
-from megatron_r1z.reshard.execute import execute
+from megatron_r1z.ranks import any_rank, gather
+from megatron_r1z.reshard.once import execute
 
 SHARD_BYTES = 5_000_000_000
 """Bound of one file; transformers has used 5 GB for years and every loader accepts it."""
-
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.jinja",
-    "chat_template*",
-    "generation_config.json",
-)
-"""Files that go along with the weights, as patterns in the model's folder."""
-
-
-def locate_tensors(folder: str | Path) -> dict[str, Path]:
-    """The file of every tensor in a folder, by tensor name; opens no weights except a single `model.safetensors`.
-
-    Raises:
-        DataError: there is neither an index nor a single file, or it cannot be read.
-    """
-    index, single = Path(folder) / _INDEX, Path(folder) / _SINGLE
-    if index.is_file():
-        return _read_index(index)
-    if not single.is_file():
-        raise DataError(f"{folder} holds neither {_SINGLE} nor {_INDEX}; convert the weights to safetensors or set model.random_init.")
-    with ExitStack() as stack:
-        return dict.fromkeys(_open(single, stack).keys(), single)
 
 
 @torch.no_grad()
@@ -83,8 +60,8 @@ def load_hf_weights(folder: str | Path, shape: ModelShape, layout: Layout, rank:
     for block in blocks:
         by_file.setdefault(files[block.tensor], []).append(block)
     for path, group in by_file.items():
-        with ExitStack() as stack:
-            _load_blocks(_open(path, stack), path, group, shapes, parameters)
+        with TensorReader(path) as file:
+            _load_blocks(file, group, shapes, parameters)
 
 
 def save_hf(
@@ -97,11 +74,11 @@ def save_hf(
     num_ranks: int,
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
-    process_group: dist.ProcessGroup | None = None,
+    wave_bytes: int = PIECE_BYTES,
 ) -> None:
-    """Write the model in Hugging Face format; all ranks of `layout` call this.
+    """Write the model in Hugging Face format and read it back; all ranks of `layout`, which are those of the default group, call this.
 
-    The folder appears under its name only when it is complete; an older one of that name is replaced.
+    The folder appears under its name only when it is complete and reads back as it was sent; an older one of that name is then replaced.
 
     Args:
         folder: to be written.
@@ -113,92 +90,29 @@ def save_hf(
         num_ranks: ranks of `layout`.
         dtype: number format of the files, also written into config.json.
         shard_bytes: bound of one file.
-        process_group: the group whose members are the layout's ranks.
+        wave_bytes: bound of what one writer takes at a time.
 
     Raises:
+        ExportError: on every rank, when one of them could not write or did not read back what it wrote.
         RefitError: a transfer failed or timed out.
     """
     target = Path(folder)
     partial = target.with_name(f"{target.name}.partial")
-    destination, shards = _plan_files(shape, num_ranks, dtype, shard_bytes)
-    owned = {
-        name: torch.empty(size, dtype=dtype) for name, size in destination.parameters.get(rank, {}).items()
-    }  # on the host: the model need not fit on the device twice
-    part = make_plan(layout, destination, dtype.itemsize).of_rank(rank)
-    execute(part, parameters, owned, dtype=dtype, device=_buffer_device(parameters), process_group=process_group)
-    if rank == 0:
-        _make_empty(partial)
-    _barrier(process_group)
-    for shard in shards:
-        if shard.writer == rank:
-            save_file({name: owned[name] for name in shard.tensors}, partial / shard.file, metadata={"format": "pt"})
-    _barrier(process_group)
-    if rank == 0:
-        _write_companions(partial, Path(model_folder), dtype)
-        _write_index(partial, shards, shape, dtype.itemsize)
-        _replace(partial, target)
-    _barrier(process_group)
-
-
-class Shard(NamedTuple):
-    """One file of an export."""
-
-    writer: int
-    file: str
-    tensors: tuple[str, ...]
-
-
-def _plan_files(shape: ModelShape, num_ranks: int, dtype: torch.dtype, shard_bytes: int) -> tuple[Layout, list[Shard]]:
-    """Which rank writes which tensors into which file: no more writers than files are needed."""
-    total = sum(spec.numel for spec in hf_tensors(shape)) * dtype.itemsize
-    destination = hf_layout(shape, min(num_ranks, -(-total // shard_bytes)))
-    return destination, make_shards(destination, dtype.itemsize, shard_bytes)
-
-
-def make_shards(layout: Layout, itemsize: int, shard_bytes: int) -> list[Shard]:
-    """Cut each writer's tensors into files of at most `shard_bytes` (or one tensor); a single file has the plain name."""
-    groups = [
-        (writer, group) for writer, parameters in sorted(layout.parameters.items()) for group in _bounded(parameters, itemsize, shard_bytes)
-    ]
-    if len(groups) == 1:
-        return [Shard(groups[0][0], _SINGLE, groups[0][1])]
-    return [
-        Shard(writer, f"model-{number:05d}-of-{len(groups):05d}.safetensors", names)
-        for number, (writer, names) in enumerate(groups, start=1)
-    ]
-
-
-def _bounded(parameters: Mapping[str, Sequence[int]], itemsize: int, limit: int) -> Iterator[tuple[str, ...]]:
-    group: list[str] = []
-    used = 0
-    for name in sorted(parameters):
-        nbytes = math.prod(parameters[name]) * itemsize
-        if group and used + nbytes > limit:
-            yield tuple(group)
-            group, used = [], 0
-        group.append(name)
-        used += nbytes
-    if group:
-        yield tuple(group)
+    shards = plan_shards(shape, num_ranks, dtype.itemsize, shard_bytes)
+    files = [TensorWriter(partial / shard.file, shard.tensors, dtype) for shard in shards if shard.writer == rank]
+    together = _Together(partial, sum(shard.numel for shard in shards) * dtype.itemsize)
+    together(lambda: make_empty(partial), rank == 0)
+    together(lambda: _each(files, TensorWriter.create))
+    buffer = torch.empty(wave_bytes // dtype.itemsize if files else 0, dtype=dtype)
+    for wave in plan_waves(layout, shards, dtype.itemsize, wave_bytes):
+        staged = _staged(wave.destination.parameters.get(rank, {}), buffer)
+        execute(wave.of_rank(rank), parameters, staged, dtype=dtype, device=_buffer_device(parameters))
+        together(functools.partial(_append, files, staged))
+    together(lambda: _each(files, TensorWriter.check))
+    together(lambda: _complete(partial, target, Path(model_folder), dtype, shards), rank == 0)
 
 
 # --- reading ---
-
-
-def _read_index(path: Path) -> dict[str, Path]:
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): path.parent / str(file) for tensor, file in names.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is not the index of a safetensors checkpoint: {error!r}.") from error
-
-
-def _open(path: Path, stack: ExitStack) -> Any:
-    """An open safetensors file, closed with `stack`."""
-    try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read {path}: {error}.") from error
 
 
 def _check_present(blocks: Sequence[Block], files: Mapping[str, Path], folder: Path) -> None:
@@ -214,64 +128,74 @@ def _zero_padding(blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]], 
             parameters[name].detach().zero_()
 
 
-def _load_blocks(
-    file: Any, path: Path, blocks: Sequence[Block], shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Tensor]
-) -> None:
+def _load_blocks(file: TensorReader, blocks: Sequence[Block], shapes: Mapping[str, Box], parameters: Mapping[str, Tensor]) -> None:
     for block in blocks:
-        try:
-            tensor = file.get_slice(block.tensor)
-        except SafetensorError as error:
-            raise DataError(f"{path} has no tensor {block.tensor}, though the index says so.") from error
-        if tuple(tensor.get_shape()) != shapes[block.tensor]:
-            raise DataError(f"{path}: {block.tensor} has shape {tensor.get_shape()}; config.json says {list(shapes[block.tensor])}.")
+        found = file.shape(block.tensor)
+        if found != shapes[block.tensor]:
+            raise DataError(f"{file.path}: {block.tensor} has shape {list(found)}; config.json says {list(shapes[block.tensor])}.")
         target = parameters[block.parameter].detach()[box_slices(block.local_start, block.size)]
-        target.copy_(tensor[box_slices(block.start, block.size)])
+        for first, rows in file.pieces(block.tensor, block.start, block.size):
+            target[first : first + len(rows)].copy_(rows)
 
 
 # --- writing ---
 
 
+class _Together:
+    """Work of this rank on the folder, after which all ranks go on or none: no rank waits for one that could not write."""
+
+    def __init__(self, folder: Path, total_bytes: int) -> None:
+        self._folder = folder
+        self._total_bytes = total_bytes
+
+    def __call__(self, work: Callable[[], None], mine: bool = True) -> None:
+        failure = self._attempt(work) if mine else None
+        sentences = [] if failure is None else [str(failure)]
+        if dist.is_initialized():
+            sentences = gather(sentences) if any_rank(failure is not None) else []
+        if sentences:
+            raise failure or ExportError(sentences[0])
+
+    def _attempt(self, work: Callable[[], None]) -> ExportError | None:
+        try:
+            work()
+        except ExportError as error:
+            return error
+        except OSError as error:
+            failure = ExportError(
+                f"cannot write {self._folder}: {error.strerror}; name a folder that can be written and has {self._total_bytes} bytes free."
+            )
+            failure.__cause__ = error
+            return failure
+        return None
+
+
+def _each(files: Sequence[TensorWriter], do: Callable[[TensorWriter], None]) -> None:
+    for file in files:
+        do(file)
+
+
+def _staged(sizes: Mapping[str, Box], buffer: Tensor) -> dict[str, Tensor]:
+    """Where a wave's rows are put, one tensor after the other: in the buffer that all waves share, unless a single row exceeds it."""
+    lengths = [math.prod(size) for size in sizes.values()]
+    space = buffer if sum(lengths) <= len(buffer) else buffer.new_empty(sum(lengths))
+    parts = torch.split(space[: sum(lengths)], lengths)
+    return {name: part.view(size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
+
+
+def _append(files: Sequence[TensorWriter], staged: Mapping[str, Tensor]) -> None:
+    """A wave's rows into their files; a wave lists tensors in the order of the files."""
+    file_of = {name: file for file in files for name in file.names}
+    for name, rows in staged.items():
+        file_of[name].append(name, rows)
+
+
+def _complete(partial: Path, target: Path, model_folder: Path, dtype: torch.dtype, shards: Sequence[Shard]) -> None:
+    write_companions(partial, model_folder, dtype)
+    total_bytes = sum(shard.numel for shard in shards) * dtype.itemsize
+    write_index(partial, {spec.name: shard.file for shard in shards for spec in shard.tensors}, total_bytes)
+    replace_folder(partial, target)
+
+
 def _buffer_device(parameters: Mapping[str, Tensor]) -> torch.device:
     return next(iter(parameters.values())).device
-
-
-def _barrier(process_group: dist.ProcessGroup | None) -> None:
-    if dist.is_initialized():
-        dist.barrier(group=process_group)
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write_companions(folder: Path, model_folder: Path, dtype: torch.dtype) -> None:
-    """config.json with the number format of the files, and the tokenizer's files as they are."""
-    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    name = str(dtype).removeprefix("torch.")
-    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
-        config[key] = name
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for pattern in _COMPANIONS:
-        for path in sorted(model_folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-
-
-def _write_index(folder: Path, shards: Sequence[Shard], shape: ModelShape, itemsize: int) -> None:
-    if len(shards) == 1:
-        return
-    files = {name: shard.file for shard in shards for name in shard.tensors}
-    total = sum(spec.numel for spec in hf_tensors(shape)) * itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Give the finished folder its name; an older one is set aside first, so that at no time half a folder has the name."""
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -10,7 +10,7 @@ Every rank runs this same program. `Run` lists the parts: `prompts.py` draws que
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from megatron_r1z.packing import GlobalBatch, pack
 from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.prompts import PromptSet, PromptStream
 from megatron_r1z.protocols import Engine, Grader, Sampling
-from megatron_r1z.reshard.refit import Refit
+from megatron_r1z.receipts import save_receipt
 from megatron_r1z.rollouts import save_rollouts
 from megatron_r1z.scores import score
 from megatron_r1z.supervisor import StopFlag
@@ -67,7 +67,8 @@ class Run:
     policy: MegatronPolicy
     engine: Engine
     grader: Grader
-    refit: Refit
+    refit: Callable[[int], RefitReceipt]
+    """Hands the weights over as this policy version."""
     prompts: PromptStream
     stop: tuple[str, ...]
     evaluation: Sequence[PromptSet]
@@ -120,14 +121,13 @@ def train(run: Run) -> bool:
     """
     saved = run.state if run.checkpoints.latest() else None
     certified = False
-    with run.watch.phase("refit"):
-        run.refit(policy_version=run.state.iteration)
+    _hand_over(run, run.state.iteration)
     if run.state.iteration == 0:
         _evaluate(run)
     for iteration in run.iterations():
         prompts = run.prompts.draw(run.config.rollout.prompts_per_iteration)
         with run.watch.phase("rollout"):
-            groups = run.engine.generate(prompts, run.sampling(iteration))
+            groups = run.engine.generate(prompts, run.sampling(iteration), policy_version=iteration)
         with run.watch.phase("grade"):
             graded = sorted(ranks.gather(run.grader.grade(groups)), key=lambda item: item.group.group_id)
         if run.stopped():
@@ -140,8 +140,7 @@ def train(run: Run) -> bool:
         with run.watch.phase("update"):
             train_batches = run.policy.with_old_logprobs(batches)  # one old policy for all steps
             stats = [run.policy.update(batch) for batch in train_batches]  # one optimizer step each
-        with run.watch.phase("refit"):
-            receipt = run.refit(policy_version=iteration + 1)
+        receipt = _hand_over(run, policy_version=iteration + 1)
         run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state())
         _keep_rollouts(run, iteration, graded, samples, step_of)
         _record(run, graded, stats, receipt)
@@ -152,6 +151,15 @@ def train(run: Run) -> bool:
     if saved != run.state:
         _save(run)
     return run.state.iteration == run.config.algorithm.iterations
+
+
+def _hand_over(run: Run, policy_version: int) -> RefitReceipt:
+    """Refit the engine and keep the receipt."""
+    with run.watch.phase("refit"):
+        receipt = run.refit(policy_version)
+    if dist.get_rank() == 0:
+        save_receipt(run.folder, receipt)
+    return receipt
 
 
 def make_samples(graded: Sequence[GradedGroup], objective: Objective) -> list[Sample]:
@@ -221,7 +229,7 @@ def _evaluate(run: Run) -> None:
     scores = []
     with run.watch.phase("evaluate"):
         for item in run.evaluation:
-            scores.append(score(item.name, evaluate_prompts(item.prompts, run.engine, run.grader, sampling)))
+            scores.append(score(item.name, evaluate_prompts(item.prompts, run.engine, run.grader, sampling, run.state.iteration)))
             metrics |= evaluation_metrics(scores[-1])
     run.log.write("iteration", run.state.iteration, metrics | run.watch.lap())
     accuracies = (f"{item.name} {item.accuracy:.1%} ({item.low:.1%} - {item.high:.1%})" for item in scores)

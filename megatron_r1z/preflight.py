@@ -14,8 +14,9 @@ from megatron_r1z.config import AnyConfig, EvaluateConfig, PretrainConfig, Train
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
-from megatron_r1z.export import locate_tensors
+from megatron_r1z.folders import kind_of
 from megatron_r1z.grading.functions import check_reward_function
+from megatron_r1z.hf_files import locate_tensors
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
 from megatron_r1z.layout.topology import Topology
@@ -28,7 +29,7 @@ MEGATRON_ROPE_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_f
 WITHOUT_EFFECT_ON_RESPONSES = (
     *("data.train", "data.seed", "evaluation.sets", "evaluation.every", "grading.workers", "logging.folder", "logging.rollouts"),
     *("rollout.prompts_per_iteration", "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.top_k"),
-    *("rollout.tensor_parallel_size", "rollout.kv_cache_bytes", "rollout.max_concurrent_sequences"),
+    *("rollout.refit", "rollout.tensor_parallel_size", "rollout.kv_cache_bytes", "rollout.max_concurrent_sequences"),
 )
 """What may differ, besides the ranks, when an evaluation goes on; the question files are compared question by question."""
 ITEMSIZE = {"fp32": 4, "bf16": 2}
@@ -115,9 +116,14 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
 
 def _check_weights(config: AnyConfig, shape: ModelShape) -> None:
     parallel, checkpoint = config.parallel, config.model.checkpoint
+    if shape.num_experts:
+        raise ConfigError(
+            f"{config.model.path} is a mixture of {shape.num_experts} experts, and the policy is built for dense models only; "
+            "`megatron-r1z plan` works with it, as do import and export of its weights."
+        )
     topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
     megatron_layout(shape, topology, 1)
-    if checkpoint is not None and not (Path(checkpoint) / "state.json").exists():
+    if checkpoint is not None and kind_of(checkpoint) != "megatron":
         raise ConfigError(
             f"model.checkpoint {checkpoint} is not a complete checkpoint; name a folder such as runs/x/checkpoints/step_000050."
         )

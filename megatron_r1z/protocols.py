@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from megatron_r1z.types import GradedGroup, Group, Prompt, VerdictKind
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +30,30 @@ class Sampling:
 class Engine(Protocol):
     """Generates responses; one engine spans `tensor_parallel_size` consecutive ranks."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> list[Group]:
         """Sample for this engine's share of `prompts`; return the groups for which this rank answers.
 
         Over all ranks every prompt is answered for once; `group_id` is the index into `prompts`.
 
         Raises:
-            EngineError: the weights are not those of a finished refit.
+            EngineError: the engine does not hold weights that were accepted as `policy_version`.
         """
         ...
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """The live parameters of this rank's shard, by the names of the engine's layout."""
+        """The parameters of this rank's shard that a refit writes, by the names of the engine's layout."""
         ...
 
-    def set_version(self, policy_version: int) -> None:
-        """Stamp the weights just written and forget everything computed from older ones (the prefix cache)."""
+    def receive(self, write: Callable[[Mapping[str, Tensor]], Result]) -> Result:
+        """Let `write` fill the parameters; from here on the engine refuses to generate until the weights are accepted."""
+        ...
+
+    def receive_whole(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """As `receive`, for whole tensors by checkpoint name, which the engine cuts itself."""
+        ...
+
+    def accept(self, policy_version: int) -> None:
+        """Take the weights just received as those of `policy_version`, and forget what was computed from older ones (the prefix cache)."""
         ...
 
     def close(self) -> None:

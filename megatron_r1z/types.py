@@ -158,3 +158,9 @@ class RefitReceipt:
     nbytes: int
     """Bytes written into engine parameters, over all ranks."""
     seconds: float
+    """From the first copy to the stamped version, on this rank."""
+    round_seconds: tuple[float, ...]
+    """Of the copies within this rank, then of each round that it took part in."""
+    digests: tuple[tuple[str, str], ...]
+    """Each layer (or tensor outside of layers) and its digest, which the policy's and the engine's memory gave alike; 16 hexadecimal
+    digits. Empty where the engine cannot be read back."""

@@ -1,8 +1,12 @@
 """Layouts: for every rank of one side, its parameters and the boxes of checkpoint tensors that lie in them.
 
-A recipe says which checkpoint tensors make up one parameter and how that parameter is cut over tensor-parallel ranks. Three tables of
-recipes describe the two sides: `_MEGATRON_LAYER` with `_NORM_NAMES` for Megatron-core, `_ENGINE_LAYER` for vLLM. A recipe whose tensors
-the model does not have (no bias, no q/k norm, tied output layer) leaves nothing behind, so the tables serve every family.
+A recipe says which checkpoint tensors make up one parameter and how that parameter is cut over tensor-parallel ranks. Tables of recipes
+describe the two sides: `_MEGATRON_LAYER` with `_megatron_norms` and `_megatron_experts` for Megatron-core, `_ENGINE_LAYER` with
+`_engine_experts` for vLLM. A recipe whose tensors the model does not have (no bias, no q/k norm, tied output layer, no dense feed-forward
+layer) leaves nothing behind, so the tables serve every family.
+
+A block is a box of a matrix. Where a library stacks the experts of a layer into one parameter [experts, rows, columns], the layout
+describes it as the matrix [experts * rows, columns], expert after expert: the same numbers in the same order.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.layout.families import ModelShape, TensorSpec, hf_tensors, layer_tensors
+from megatron_r1z.layout.families import ModelShape, TensorSpec, end_tensors, hf_tensors, layer_tensors
 from megatron_r1z.layout.topology import Chunk, Topology
 
 Box = tuple[int, ...]
 """One number per dimension: a start or a size."""
 Spec = Literal["local", "te"]
-"""Megatron's layer spec: `local` modules, or Transformer Engine's, which fuse each norm into the linear layer after it."""
+"""Megatron's layer spec: `local` modules, or Transformer Engine's, which fuse each norm into the linear layer after it and all experts of
+a rank into one module (`moe_grouped_gemm`)."""
 
 ENGINE_VOCAB_MULTIPLE = 64
 """vLLM pads the vocabulary to this (`vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE`)."""
@@ -78,9 +83,9 @@ class Share(NamedTuple):
 
     shape: ModelShape
     rank: int
-    """Tensor-parallel rank."""
+    """Tensor-parallel rank, of experts the expert-tensor-parallel one."""
     size: int
-    """Tensor-parallel size."""
+    """Tensor-parallel size, likewise."""
     vocab_size: int
     """Padded vocabulary."""
 
@@ -118,10 +123,11 @@ def _rows(tensors: Sequence[TensorSpec], share: Share) -> Cut:
 
 
 def _columns(tensors: Sequence[TensorSpec], share: Share) -> Cut:
-    """The columns of one matrix split evenly."""
+    """The columns of each of several equal matrices split evenly; the matrices' shares lie one below the other."""
     rows, columns = tensors[0].shape
     size = (rows, columns // share.size)
-    return Cut(size, (Piece(0, (0, share.rank * size[1]), size, (0, 0)),))
+    pieces = tuple(Piece(source, (0, share.rank * size[1]), size, (source * rows, 0)) for source in range(len(tensors)))
+    return Cut((rows * len(tensors), size[1]), pieces)
 
 
 def _vocabulary(tensors: Sequence[TensorSpec], share: Share) -> Cut:
@@ -172,11 +178,12 @@ _QKV_WEIGHTS = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn
 _QKV_BIASES = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 _GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
-_NORM_NAMES: Mapping[Spec, tuple[str, str]] = {
-    "local": ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
-    "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
-}
-"""Names of the norms before attention and before the feed-forward layer (mcore `gpt_layer_specs`)."""
+_ATTENTION_NORM: Mapping[Spec, str] = {"local": "input_layernorm.weight", "te": "self_attention.linear_qkv.layer_norm_weight"}
+_DENSE_NORM: Mapping[Spec, str] = {"local": "pre_mlp_layernorm.weight", "te": "mlp.linear_fc1.layer_norm_weight"}
+_EXPERT_NORM = "pre_mlp_layernorm.weight"
+"""The norms before attention, before a dense feed-forward layer and before a mixture of experts (mcore `gpt_layer_specs`)."""
+_EXPERT_WEIGHT: Mapping[Spec, str] = {"local": "mlp.experts.local_experts.{}.{}.weight", "te": "mlp.experts.{1}.weight{0}"}
+"""A linear layer of a rank's n-th expert (mcore `moe.experts`: `SequentialMLP`, `TEGroupedMLP`)."""
 
 _MEGATRON_LAYER = (
     Recipe("self_attention.linear_qkv.weight", _grouped_heads, _QKV_WEIGHTS),
@@ -207,61 +214,69 @@ _ENGINE_ENDS = (
 )
 
 
+def _megatron_norms(shape: ModelShape, spec: Spec) -> tuple[Recipe, Recipe]:
+    second = _EXPERT_NORM if shape.num_experts else _DENSE_NORM[spec]
+    return Recipe(_ATTENTION_NORM[spec], _whole, ("input_layernorm.weight",)), Recipe(second, _whole, ("post_attention_layernorm.weight",))
+
+
+def _megatron_experts(shape: ModelShape, ep: int, ep_rank: int, spec: Spec) -> Iterator[Recipe]:
+    """The router, which every rank has, and the two linear layers of each of a rank's experts; nothing in a dense model."""
+    names, count = shape.expert_names, shape.num_experts // ep
+    if names is None:
+        return
+    yield Recipe("mlp.router.weight", _whole, (names.router,))
+    for local, expert in enumerate(range(ep_rank * count, (ep_rank + 1) * count)):
+        yield Recipe(_EXPERT_WEIGHT[spec].format(local, "linear_fc1"), _rows, names.gate_up(expert))
+        yield Recipe(_EXPERT_WEIGHT[spec].format(local, "linear_fc2"), _columns, (names.down_of(expert),))
+
+
+def _engine_experts(shape: ModelShape) -> Iterator[Recipe]:
+    """The router, and all experts stacked (vLLM `RoutedExperts`): w13 gate above up, w2 down; nothing in a dense model."""
+    names, experts = shape.expert_names, range(shape.num_experts)
+    if names is None:
+        return
+    yield Recipe(names.router, _whole, (names.router,))
+    stacks = f"{names.layer}.experts.routed_experts"
+    yield Recipe(f"{stacks}.w13_weight", _rows, tuple(name for expert in experts for name in names.gate_up(expert)))
+    yield Recipe(f"{stacks}.w2_weight", _columns, tuple(names.down_of(expert) for expert in experts))
+
+
 def megatron_layout(shape: ModelShape, topology: Topology, vocab_multiple: int = 128, spec: Spec = "local") -> Layout:
     """The policy's layout: parameters of mcore `GPTModel` under `chunks.<vp_stage>.`, on every rank of `topology`.
 
     The vocabulary is padded to a multiple of `vocab_multiple * tp`. With tied embeddings and pp > 1 the last chunk holds a second copy
-    of the embedding as `output_layer.weight` (mcore `LanguageModule.shared_embedding_or_output_weight`).
+    of the embedding as `output_layer.weight` (mcore `LanguageModule.shared_embedding_or_output_weight`). Expert n of a rank is expert
+    `ep_rank * num_experts / ep + n` of the model (mcore `BaseMoELayer`).
 
     Raises:
-        ConfigError: heads, key-value heads, feed-forward size or layers cannot be split, with the numbers.
+        ConfigError: heads, key-value heads, feed-forward size, experts or layers cannot be split, with the numbers.
     """
-    for name in ("num_heads", "num_kv_heads", "ffn_size"):
-        _check_divides("policy", name, getattr(shape, name), topology.tp)
+    _check_policy(shape, topology)
     vocab_size = padded_vocab_size(shape.vocab_size, vocab_multiple * topology.tp)
-    shares = [Share(shape, tp_rank, topology.tp, vocab_size) for tp_rank in range(topology.tp)]
-    first, second = _NORM_NAMES[spec]
-    layer = (
-        Recipe(first, _whole, ("input_layernorm.weight",)),
-        *_MEGATRON_LAYER,
-        Recipe(second, _whole, ("post_attention_layernorm.weight",)),
-    )
-    layer_cuts = [_cut_all(layer, layer_tensors(shape), share) for share in shares]
-    stages = [
-        (tp_rank, pp_rank, _chunk_parameters(shape, topology.chunks(shape.num_layers, pp_rank), layer_cuts[tp_rank], shares[tp_rank]))
-        for pp_rank in range(topology.pp)
-        for tp_rank in range(topology.tp)
-    ]
+    ranks_of: dict[_Place, list[int]] = {}
+    for rank in range(topology.num_ranks):
+        ranks_of.setdefault(_place(shape, topology, rank), []).append(rank)
     return _make_layout(
-        f"megatron tp{topology.tp} pp{topology.pp} vpp{topology.vpp}",
-        [
-            ([topology.rank_of(tp_rank, dp_rank, pp_rank) for dp_rank in range(topology.dp)], parameters)
-            for tp_rank, pp_rank, parameters in stages
-        ],
+        _policy_name(shape, topology),
+        [(ranks, _policy_parameters(shape, topology, spec, vocab_size, place)) for place, ranks in ranks_of.items()],
     )
 
 
-def engine_layout(shape: ModelShape, num_ranks: int, tp: int) -> Layout:
-    """The engines' layout: vLLM's fused parameters, one engine per `tp` consecutive ranks.
+def engine_layout(shape: ModelShape, num_ranks: int, tp: int, first_rank: int = 0) -> Layout:
+    """The engines' layout: vLLM's fused parameters, one engine per `tp` consecutive ranks from `first_rank` on.
 
     Key-value heads are copied where tp exceeds them; the vocabulary is padded to a multiple of 64; a tied output layer is the embedding
-    and has no name of its own.
+    and has no name of its own. Every rank has a share of all experts: the stacked w13 is described as a matrix
+    [experts * 2 * ffn / tp, hidden], w2 as [experts * hidden, ffn / tp].
 
     Raises:
         ConfigError: ranks, heads, feed-forward size or padded vocabulary cannot be split, with the numbers.
     """
-    _check_divides("engine", "num_ranks", num_ranks, tp)
-    for name in ("num_heads", "ffn_size"):
-        _check_divides("engine", name, getattr(shape, name), tp)
-    if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
-        raise ConfigError(f"engine: {shape.num_kv_heads} key-value heads can neither be split over nor copied to tp {tp} ranks evenly.")
     vocab_size = padded_vocab_size(shape.vocab_size, ENGINE_VOCAB_MULTIPLE)
-    _check_divides("engine", "padded vocabulary", vocab_size, tp)
+    _check_engine(shape, num_ranks, tp, vocab_size)
+    ranks = range(first_rank, first_rank + num_ranks)
     shares = [Share(shape, tp_rank, tp, vocab_size) for tp_rank in range(tp)]
-    return _make_layout(
-        f"engine tp{tp}",
-        [(list(range(share.rank, num_ranks, tp)), list(_engine_parameters(shape, share))) for share in shares],
-    )
+    return _make_layout(f"engine tp{tp}", [(ranks[share.rank :: tp], list(_engine_parameters(shape, share))) for share in shares])
 
 
 def hf_layout(shape: ModelShape, num_writers: int) -> Layout:
@@ -299,15 +314,37 @@ def _in_layer(parameters: Sequence[_Parameter], prefix: str, layer: int) -> Iter
         yield _Parameter(f"{prefix}{name}", tuple(f"model.layers.{layer}.{tensor}" for tensor in tensors), cut)
 
 
-def _chunk_parameters(shape: ModelShape, chunks: Sequence[Chunk], layer_cuts: Sequence[_Parameter], share: Share) -> list[_Parameter]:
-    """Every parameter of one rank's model chunks."""
-    ends = hf_tensors(shape)
+class _Place(NamedTuple):
+    """What the parameters of a Megatron rank depend on; ranks of one place are data-parallel copies."""
+
+    tp_rank: int
+    pp_rank: int
+    etp_rank: int
+    ep_rank: int
+
+
+def _place(shape: ModelShape, topology: Topology, rank: int) -> _Place:
+    where, expert = topology.coordinates(rank), topology.expert_coordinates(rank)
+    return _Place(where.tp_rank, where.pp_rank, *(expert[:2] if shape.num_experts else (0, 0)))
+
+
+def _policy_name(shape: ModelShape, topology: Topology) -> str:
+    experts = f" ep{topology.ep} etp{topology.expert_tp}" if shape.num_experts else ""
+    return f"megatron tp{topology.tp} pp{topology.pp} vpp{topology.vpp}{experts}"
+
+
+def _policy_parameters(shape: ModelShape, topology: Topology, spec: Spec, vocab_size: int, place: _Place) -> list[_Parameter]:
+    """Every parameter of the model chunks of one rank."""
+    share = Share(shape, place.tp_rank, topology.tp, vocab_size)
+    expert_share = share._replace(rank=place.etp_rank, size=topology.expert_tp)
+    layer_cuts = _cut_all((*_megatron_norms(shape, spec), *_MEGATRON_LAYER), layer_tensors(shape), share)
+    layer_cuts += _cut_all(list(_megatron_experts(shape, topology.ep, place.ep_rank, spec)), layer_tensors(shape), expert_share)
     parameters: list[_Parameter] = []
-    for chunk in chunks:
+    for chunk in topology.chunks(shape.num_layers, place.pp_rank):
         prefix = f"chunks.{chunk.vp_stage}."
         for local, layer in enumerate(chunk.layers):
             parameters += _in_layer(layer_cuts, f"{prefix}decoder.layers.{local}.", layer)
-        parameters += _cut_all(_chunk_ends(shape, chunk, prefix), ends, share)
+        parameters += _cut_all(_chunk_ends(shape, chunk, prefix), end_tensors(shape), share)
     return parameters
 
 
@@ -326,10 +363,10 @@ def _chunk_ends(shape: ModelShape, chunk: Chunk, prefix: str) -> list[Recipe]:
 
 
 def _engine_parameters(shape: ModelShape, share: Share) -> Iterator[_Parameter]:
-    layer_cuts = _cut_all(_ENGINE_LAYER, layer_tensors(shape), share)
+    layer_cuts = _cut_all([*_ENGINE_LAYER, *_engine_experts(shape)], layer_tensors(shape), share)
     for layer in range(shape.num_layers):
         yield from _in_layer(layer_cuts, f"model.layers.{layer}.", layer)
-    yield from _cut_all(_ENGINE_ENDS, hf_tensors(shape), share)
+    yield from _cut_all(_ENGINE_ENDS, end_tensors(shape), share)
 
 
 def _make_layout(name: str, holders: Sequence[tuple[Sequence[int], Sequence[_Parameter]]]) -> Layout:
@@ -348,10 +385,31 @@ def _make_layout(name: str, holders: Sequence[tuple[Sequence[int], Sequence[_Par
     return Layout(name, tuple(blocks), shapes)
 
 
-def _check_divides(side: str, name: str, number: int, tp: int) -> None:
-    if number % tp:
-        largest = max(size for size in range(1, tp) if number % size == 0)
-        raise ConfigError(f"{side}: {name} is {number}, which tp {tp} does not divide; tp {largest} does.")
+# --- what cannot be split ---
+
+
+def _check_policy(shape: ModelShape, topology: Topology) -> None:
+    if topology.ep > 1 and not shape.num_experts:
+        raise ConfigError(f"policy: ep is {topology.ep}, but the model has no experts; set ep to 1.")
+    feed_forward = "etp" if shape.num_experts else "tp"
+    for name, degree in (("num_heads", "tp"), ("num_kv_heads", "tp"), ("ffn_size", feed_forward), ("num_experts", "ep")):
+        size = topology.expert_tp if degree == "etp" else getattr(topology, degree)
+        _check_divides("policy", name, getattr(shape, name), degree, size)
+
+
+def _check_engine(shape: ModelShape, num_ranks: int, tp: int, vocab_size: int) -> None:
+    _check_divides("engine", "num_ranks", num_ranks, "tp", tp)
+    for name in ("num_heads", "ffn_size"):
+        _check_divides("engine", name, getattr(shape, name), "tp", tp)
+    if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
+        raise ConfigError(f"engine: {shape.num_kv_heads} key-value heads can neither be split over nor copied to tp {tp} ranks evenly.")
+    _check_divides("engine", "padded vocabulary", vocab_size, "tp", tp)
+
+
+def _check_divides(side: str, name: str, number: int, degree: str, size: int) -> None:
+    if number % size:
+        largest = max(smaller for smaller in range(1, size) if number % smaller == 0)
+        raise ConfigError(f"{side}: {name} is {number}, which {degree} {size} does not divide; {degree} {largest} does.")
 
 
 def covered(blocks: Sequence[Block]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that decides names, sizes and maths of a dense decoder.
+    """Everything that decides names, sizes and maths of a decoder.
 
     >>> ModelShape("llama", 2, 64, 4, 2, 16, 128, 311, True, False, False, 1e4, None, 1e-6, 512).queries_per_group
     2
@@ -41,6 +41,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     ffn_size: int
+    """Intermediate size of the feed-forward layer, of each expert in a mixture."""
     vocab_size: int
     """Rows of the embedding in the checkpoint, without any padding that a side adds."""
     tied_embeddings: bool
@@ -52,6 +53,9 @@ class ModelShape:
     rope_scaling: RopeScaling | None
     norm_eps: float
     max_positions: int
+    num_experts: int = 0
+    """Experts of each layer; 0 in a dense model."""
+    experts_per_token: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "max_positions"):
@@ -59,11 +63,20 @@ class ModelShape:
                 raise DataError(f"the model has {name} {getattr(self, name)}; it must be at least 1.")
         if self.num_heads % self.num_kv_heads:
             raise DataError(f"the model has {self.num_heads} heads, which {self.num_kv_heads} key-value heads do not divide.")
+        if self.num_experts and FAMILIES[self.family].experts is None:
+            raise DataError(f"a {self.family} model has no experts; this one should have {self.num_experts}.")
+        if not min(1, self.num_experts) <= self.experts_per_token <= self.num_experts:
+            raise DataError(f"the model has {self.num_experts} experts, of which a token cannot use {self.experts_per_token}.")
 
     @property
     def queries_per_group(self) -> int:
         """Query heads that share one key-value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def expert_names(self) -> ExpertNames | None:
+        """How the checkpoint calls the experts; None in a dense model."""
+        return FAMILIES[self.family].experts if self.num_experts else None
 
 
 class TensorSpec(NamedTuple):
@@ -78,6 +91,28 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape)
 
 
+class ExpertNames(NamedTuple):
+    """How a mixture-of-experts layer is called, from `model.layers.N.` on, in the checkpoint and by vLLM."""
+
+    layer: str
+    gate: str
+    up: str
+    down: str
+
+    @property
+    def router(self) -> str:
+        """The tensor that scores the experts, [experts, hidden]."""
+        return f"{self.layer}.gate.weight"
+
+    def gate_up(self, expert: int) -> tuple[str, str]:
+        """Gate and up tensor of one expert, each [ffn, hidden]."""
+        return f"{self.layer}.experts.{expert}.{self.gate}.weight", f"{self.layer}.experts.{expert}.{self.up}.weight"
+
+    def down_of(self, expert: int) -> str:
+        """Down tensor of one expert, [hidden, ffn]."""
+        return f"{self.layer}.experts.{expert}.{self.down}.weight"
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table: what a family has that others lack, and the defaults of its transformers configuration class."""
@@ -85,6 +120,8 @@ class Family:
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: ExpertNames | None = None
+    """Present where every feed-forward layer is a mixture of experts."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that a missing key stands for; source: `transformers/models/<family>/configuration_<family>.py`."""
 
@@ -107,6 +144,20 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults={"num_key_value_heads": 32, "max_window_layers": 28}),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28}),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        experts=ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2"),
+        defaults={
+            **{"num_key_value_heads": 8, "max_position_embeddings": 131072, "use_sliding_window": True, "rms_norm_eps": 1e-5},
+            **{"rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
+        },
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        qk_norm=True,
+        experts=ExpertNames("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+        defaults={"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+    ),
 }
 """Known families by `model_type`."""
 
@@ -120,24 +171,37 @@ def _slides(config: Mapping[str, Any]) -> bool:
     return bool(config["use_sliding_window"] and window and window < limit and first_sliding_layer < config["num_hidden_layers"])
 
 
+def _shares_experts(config: Mapping[str, Any]) -> bool:
+    return any(config.get(name) for name in ("shared_expert_intermediate_size", "num_shared_experts", "n_shared_experts"))
+
+
 _UNSUPPORTED: tuple[tuple[Callable[[Mapping[str, Any]], object], str], ...] = (
     (_slides, "a sliding attention window ({sliding_window} tokens)"),
     (lambda config: config["hidden_act"] != "silu", "activation '{hidden_act}' (silu is supported)"),
     (lambda config: config.get("mlp_bias"), "mlp_bias: biases in the feed-forward layers"),
-    (lambda config: config.get("attention_bias"), "attention_bias: a bias on the attention output projection"),
+    (
+        lambda config: config.get("attention_out_bias", config.get("attention_bias")),
+        "attention_bias: a bias on the attention output projection",
+    ),
     (lambda config: config.get("partial_rotary_factor", 1.0) not in (None, 1.0), "partial_rotary_factor {partial_rotary_factor}"),
     (lambda config: config.get("quantization_config"), "quantised weights (quantization_config)"),
+    (lambda config: config.get("mlp_only_layers"), "dense layers between mixtures of experts (mlp_only_layers {mlp_only_layers})"),
+    (
+        lambda config: config.get("decoder_sparse_step", 1) != 1,
+        "dense layers between mixtures of experts (decoder_sparse_step {decoder_sparse_step})",
+    ),
+    (_shares_experts, "shared experts, which see every token"),
 )
 """Tests of the configuration with its defaults filled in, and what a model that answers true has that is not supported."""
 
 
 def load_shape(folder: str | Path) -> ModelShape:
-    """The shape of the model in a Hugging Face folder, from its `config.json`.
+    """The shape of the model in a Hugging Face folder, from its `config.json`, or from such a file alone.
 
     Raises:
         DataError: the file is missing or malformed, the family is not in `FAMILIES`, or the model has an unsupported feature.
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder) if Path(folder).is_file() else Path(folder) / "config.json"
     config = _read_config(path)
     name = _family_name(config, path)
     family = FAMILIES[name]
@@ -152,23 +216,27 @@ def load_shape(folder: str | Path) -> ModelShape:
 
 
 def hf_tensors(shape: ModelShape) -> tuple[TensorSpec, ...]:
-    """All tensors of the checkpoint in model order; `lm_head.weight` only where it is not the embedding."""
-    head = [] if shape.tied_embeddings else [TensorSpec("lm_head.weight", (shape.vocab_size, shape.hidden_size))]
-    return (
-        TensorSpec("model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size)),
-        *(
-            TensorSpec(f"model.layers.{layer}.{spec.name}", spec.shape)
-            for layer in range(shape.num_layers)
-            for spec in layer_tensors(shape)
-        ),
-        TensorSpec("model.norm.weight", (shape.hidden_size,)),
-        *head,
+    """All tensors of the checkpoint in model order."""
+    embedding, *ends = end_tensors(shape)
+    layer = layer_tensors(shape)
+    layers = [TensorSpec(f"model.layers.{number}.{name}", size) for number in range(shape.num_layers) for name, size in layer]
+    return (embedding, *layers, *ends)
+
+
+def end_tensors(shape: ModelShape) -> tuple[TensorSpec, ...]:
+    """The tensors outside the layers; `lm_head.weight` only where it is not the embedding."""
+    vocabulary = (shape.vocab_size, shape.hidden_size)
+    table = (
+        ("model.embed_tokens.weight", vocabulary, True),
+        ("model.norm.weight", (shape.hidden_size,), True),
+        ("lm_head.weight", vocabulary, not shape.tied_embeddings),
     )
+    return tuple(TensorSpec(name, size) for name, size, present in table if present)
 
 
 def layer_tensors(shape: ModelShape) -> tuple[TensorSpec, ...]:
     """Tensors of one decoder layer, named from `model.layers.N.` on."""
-    hidden, ffn, head_dim = shape.hidden_size, shape.ffn_size, shape.head_dim
+    hidden, head_dim = shape.hidden_size, shape.head_dim
     queries, keys = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
     table = (
         ("input_layernorm.weight", (hidden,), True),
@@ -182,11 +250,21 @@ def layer_tensors(shape: ModelShape) -> tuple[TensorSpec, ...]:
         ("self_attn.k_norm.weight", (head_dim,), shape.qk_norm),
         ("self_attn.o_proj.weight", (hidden, queries), True),
         ("post_attention_layernorm.weight", (hidden,), True),
-        ("mlp.gate_proj.weight", (ffn, hidden), True),
-        ("mlp.up_proj.weight", (ffn, hidden), True),
-        ("mlp.down_proj.weight", (hidden, ffn), True),
     )
-    return tuple(TensorSpec(name, size) for name, size, present in table if present)
+    return (*(TensorSpec(name, size) for name, size, present in table if present), *_feed_forward_tensors(shape))
+
+
+def _feed_forward_tensors(shape: ModelShape) -> Iterator[TensorSpec]:
+    wide, narrow = (shape.ffn_size, shape.hidden_size), (shape.hidden_size, shape.ffn_size)
+    names = shape.expert_names
+    if names is None:
+        yield from (TensorSpec("mlp.gate_proj.weight", wide), TensorSpec("mlp.up_proj.weight", wide))
+        yield TensorSpec("mlp.down_proj.weight", narrow)
+        return
+    yield TensorSpec(names.router, (shape.num_experts, shape.hidden_size))
+    for expert in range(shape.num_experts):
+        yield from (TensorSpec(name, wide) for name in names.gate_up(expert))
+        yield TensorSpec(names.down_of(expert), narrow)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -220,6 +298,7 @@ def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
 def _make_shape(name: str, family: Family, config: Mapping[str, Any], path: Path) -> ModelShape:
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     theta, scaling = _rope(config, path)
+    ffn_size, num_experts, experts_per_token = _feed_forward(family, config)
     return ModelShape(
         family=name,
         num_layers=int(config["num_hidden_layers"]),
@@ -227,7 +306,7 @@ def _make_shape(name: str, family: Family, config: Mapping[str, Any], path: Path
         num_heads=heads,
         num_kv_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or hidden // heads),
-        ffn_size=int(config["intermediate_size"]),
+        ffn_size=ffn_size,
         vocab_size=int(config["vocab_size"]),
         tied_embeddings=bool(config["tie_word_embeddings"]),
         qkv_bias=family.qkv_bias,
@@ -236,7 +315,17 @@ def _make_shape(name: str, family: Family, config: Mapping[str, Any], path: Path
         rope_scaling=scaling,
         norm_eps=float(config["rms_norm_eps"]),
         max_positions=int(config["max_position_embeddings"]),
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
     )
+
+
+def _feed_forward(family: Family, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Intermediate size, experts, experts per token; transformers 5 writes `num_local_experts` where others have `num_experts`."""
+    if family.experts is None:
+        return int(config["intermediate_size"]), 0, 0
+    size = config.get("moe_intermediate_size") or config["intermediate_size"]
+    return int(size), int(config.get("num_local_experts") or config["num_experts"]), int(config["num_experts_per_tok"])
 
 
 def _rope(config: Mapping[str, Any], path: Path) -> tuple[float, RopeScaling | None]:

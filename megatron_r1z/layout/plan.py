@@ -12,15 +12,26 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import NamedTuple
 
 from megatron_r1z.errors import ConfigError, RefitError
 from megatron_r1z.layout.blocks import Block, Box, Layout
 
-DEFAULT_ROUND_BYTES = 256 << 20
-"""Buffer bound: large enough that start-up of a transfer does not count, small beside a rank's weights."""
+DEFAULT_ROUND_BYTES = 64 << 20
+"""Buffer bound: a millisecond of a 400 Gbit/s network, so start-up of a transfer hardly counts; small beside a rank's weights."""
 DEFAULT_RANKS_PER_NODE = 8
+LIVE_ROUNDS = 2
+"""Rounds that have buffers at the same time: one is packed or unpacked while the next travels."""
+
+
+class Edge(Enum):
+    """What a copy crosses."""
+
+    LOCAL = "local"
+    NODE = "in a node"
+    NETWORK = "across nodes"
 
 
 class Copy(NamedTuple):
@@ -38,6 +49,12 @@ class Copy(NamedTuple):
     nbytes: int
     """Size at the destination, which is what travels."""
 
+    def edge(self, ranks_per_node: int) -> Edge:
+        """What lies between both ranks, where consecutive ranks share a node."""
+        if self.source_rank == self.destination_rank:
+            return Edge.LOCAL
+        return Edge.NODE if self.source_rank // ranks_per_node == self.destination_rank // ranks_per_node else Edge.NETWORK
+
 
 class Exchange(NamedTuple):
     """What one rank sends and receives in one round, by peer; both ends list the copies in the same order."""
@@ -46,17 +63,39 @@ class Exchange(NamedTuple):
     sends: Mapping[int, tuple[Copy, ...]]
     receives: Mapping[int, tuple[Copy, ...]]
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that the rank sends in this round."""
+        return sum(copy.nbytes for copies in self.sends.values() for copy in copies)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that the rank receives in this round."""
+        return sum(copy.nbytes for copies in self.receives.values() for copy in copies)
+
 
 @dataclass(frozen=True)
 class RankPlan:
     """The part of a plan that one rank carries out."""
 
     rank: int
+    source: Layout
+    destination: Layout
     local: tuple[Copy, ...]
     exchanges: tuple[Exchange, ...]
     """Only the rounds in which the rank takes part, by number."""
     num_rounds: int
     """Rounds of the whole plan."""
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of its buffers: `LIVE_ROUNDS` for sending and as many for receiving, each large enough for every round.
+
+        Never above `2 * LIVE_ROUNDS` times the bound of a round.
+        """
+        most_sent = max((exchange.sent_bytes for exchange in self.exchanges), default=0)
+        most_received = max((exchange.received_bytes for exchange in self.exchanges), default=0)
+        return LIVE_ROUNDS * (most_sent + most_received)
 
 
 @dataclass(frozen=True)
@@ -92,6 +131,8 @@ class Plan:
         ]
         return RankPlan(
             rank,
+            self.source,
+            self.destination,
             tuple(copy for copy in self.local if copy.destination_rank == rank),
             tuple(exchange for exchange in exchanges if exchange.sends or exchange.receives),
             len(self.rounds),
@@ -241,11 +282,12 @@ def _shifted(local_start: Box, start: Box, origin: Box) -> Box:
 
 def _make_rounds(copies: Sequence[Copy], itemsize: int, round_bytes: int) -> tuple[tuple[Copy, ...], ...]:
     """First fit: each piece goes to the earliest round in which its sender and its receiver still have room."""
-    sending, receiving = _Budget(round_bytes), _Budget(round_bytes)
+    sending: dict[int, _Usage] = defaultdict(lambda: _Usage(round_bytes))
+    receiving: dict[int, _Usage] = defaultdict(lambda: _Usage(round_bytes))
     rounds: list[list[Copy]] = []
     for copy in copies:
         for piece in _pieces(copy, itemsize, round_bytes):
-            sent, received = sending.of(piece.source_rank), receiving.of(piece.destination_rank)
+            sent, received = sending[piece.source_rank], receiving[piece.destination_rank]
             number = max(sent.first_open, received.first_open)
             while not (sent.has_room(number, piece.nbytes) and received.has_room(number, piece.nbytes)):
                 number += 1
@@ -274,17 +316,6 @@ class _Usage:
         self._used[number] += nbytes
         while self.first_open < len(self._used) and self._used[self.first_open] * 16 > self._limit * 15:
             self.first_open += 1
-
-
-class _Budget:
-    """The usage of every rank in one direction."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._usage: dict[int, _Usage] = {}
-
-    def of(self, rank: int) -> _Usage:
-        return self._usage.setdefault(rank, _Usage(self._limit))
 
 
 def _pieces(copy: Copy, itemsize: int, limit: int) -> Iterator[Copy]:

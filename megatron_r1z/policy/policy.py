@@ -67,6 +67,7 @@ class MegatronPolicy:
         self._temperature = temperature
         with megatron_device():
             self._bare = build_chunks(shape, settings.parallel, settings.precision, padded_vocab_size)
+        release_free_memory()  # on a CPU Megatron makes initial weights whole and in float32 first
 
     def parameters(self) -> dict[str, Tensor]:
         """This rank's weights by the names of the Megatron layout, without gradient history; writing into them changes the model."""

@@ -1,9 +1,10 @@
-"""The hand-over of the policy's weights to the engine: check, move, account for every byte, stamp the version."""
+"""The hand-over of the policy's weights to the engine: move, compare digests of both sides, stamp the version."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -11,17 +12,23 @@ from torch import Tensor
 
 from megatron_r1z.errors import RefitError
 from megatron_r1z.layout.blocks import Box
-from megatron_r1z.layout.plan import Plan
+from megatron_r1z.layout.plan import DEFAULT_ROUND_BYTES, Plan
 from megatron_r1z.protocols import Engine
-from megatron_r1z.reshard.execute import DEFAULT_TIMEOUT_S, execute
+from megatron_r1z.reshard.compare import compare
+from megatron_r1z.reshard.digest import as_text
+from megatron_r1z.reshard.execute import DEFAULT_TIMEOUT_S, Executor, send_buffer_bytes
+from megatron_r1z.reshard.links import Link, Mailbox, connect
 from megatron_r1z.types import RefitReceipt
+
+ROUND_BYTES = {"cpu": 8 << 20, "cuda": DEFAULT_ROUND_BYTES}
+"""Bound of a rank's buffer, by device: on a CPU the rounds that are alive fit the cache."""
 
 
 class Refit:
-    """Moves the policy's weights into the engine's live parameters; one object per rank, called by all ranks of the plan at once.
+    """Moves the policy's weights into the engine's live parameters; one object per rank, made and called by all ranks of the plan at once.
 
     `source` returns this rank's policy parameters by the names of the plan's source layout; it is asked at every refit, because an
-    optimizer may replace tensors. `engine` is None on a rank without one.
+    optimizer may replace tensors. `engine` is None on a rank without one. `links` replaces the ways to other ranks (tests break them).
 
     Raises:
         RefitError: a parameter is missing, unknown to the layout, or has another shape or number format than planned.
@@ -36,15 +43,19 @@ class Refit:
         dtype: torch.dtype,
         process_group: dist.ProcessGroup | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        links: Callable[[Mapping[int, Link]], Mapping[int, Link]] = lambda links: links,
     ) -> None:
-        self._plan = plan
-        self._part = plan.of_rank(rank)
         self._source = source
         self._engine = engine
-        self._dtype = dtype
-        self._process_group = process_group
-        self._timeout_s = timeout_s
-        self._check(source())
+        weights, live = source(), {} if engine is None else engine.parameters()
+        _check_sides(plan, rank, weights, live, dtype)
+        device = next(iter((*weights.values(), *live.values())), torch.empty(0)).device
+        part = plan.of_rank(rank)
+        self._mailbox = Mailbox(send_buffer_bytes(part), dist.get_world_size(process_group) if dist.is_initialized() else 1, device)
+        connected = connect(plan, part, self._mailbox, process_group) if dist.is_initialized() else {}
+        buffers = [buffer.tensor for buffer in self._mailbox.buffers]
+        self._executor = Executor(part, dtype, device, links(connected), buffers, process_group, timeout_s)
+        self._groups = _grouped(self._executor.tensors)
 
     def __call__(self, policy_version: int) -> RefitReceipt:
         """Hand over the current weights as `policy_version`.
@@ -53,43 +64,42 @@ class Refit:
             The receipt; bytes are summed over all ranks, seconds are this rank's.
 
         Raises:
-            RefitError: a transfer failed or timed out, or some rank wrote fewer bytes than planned. The engine keeps its old version.
+            RefitError: a transfer failed or timed out, or what some rank wrote is not what was read; names block and ranks. From the
+                first byte to the end of a refit, and after one that failed, the engine refuses to generate.
         """
         start = time.perf_counter()
-        source = self._source()
-        written = execute(
-            self._part,
-            source,
-            self._destination(),
-            dtype=self._dtype,
-            process_group=self._process_group,
-            timeout_s=self._timeout_s,
-        )
-        total = self._sum_over_ranks(written, source)
-        if total != self._plan.nbytes:
-            raise RefitError(f"refit {policy_version} wrote {total} of {self._plan.nbytes} bytes; the engine must not generate.")
+        weights = self._source()
+        transfer = self._executor(weights, {}) if self._engine is None else self._engine.receive(lambda live: self._executor(weights, live))
+        nbytes, found = compare(self._executor, f"refit {policy_version}")
         if self._engine is not None:
-            self._engine.set_version(policy_version)
-        return RefitReceipt(policy_version, total, time.perf_counter() - start)
+            self._engine.accept(policy_version)
+        digests = tuple((group, as_text(sum(found[index] for index in members))) for group, members in self._groups)
+        return RefitReceipt(policy_version, nbytes, time.perf_counter() - start, transfer.round_seconds, digests)
 
-    def _destination(self) -> Mapping[str, Tensor]:
-        return {} if self._engine is None else self._engine.parameters()
 
-    def _check(self, source: Mapping[str, Tensor]) -> None:
-        rank, destination = self._part.rank, self._destination()
-        check_parameters("policy", rank, self._plan.source.parameters.get(rank, {}), source)
-        check_parameters("engine", rank, self._plan.destination.parameters.get(rank, {}), destination)
-        for name, tensor in destination.items():
-            if tensor.dtype != self._dtype:
-                raise RefitError(f"rank {rank}: engine parameter {name} is {tensor.dtype}, planned as {self._dtype}.")
+def tensor_group(tensor: str) -> str:
+    """The group whose digest a receipt gives: a layer, or a tensor outside of layers.
 
-    def _sum_over_ranks(self, written: int, source: Mapping[str, Tensor]) -> int:
-        if not dist.is_initialized():
-            return written
-        device = next(iter(source.values()), torch.empty(0)).device
-        total = torch.tensor(written, dtype=torch.int64, device=device)
-        dist.all_reduce(total, group=self._process_group)
-        return int(total)
+    >>> tensor_group("model.layers.3.mlp.up_proj.weight")
+    'model.layers.3'
+    """
+    parts = tensor.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else tensor
+
+
+def _grouped(tensors: Mapping[str, int]) -> list[tuple[str, list[int]]]:
+    """The indices of each group's tensors."""
+    names = sorted(tensors, key=tensor_group)
+    return [(group, [tensors[name] for name in members]) for group, members in groupby(names, key=tensor_group)]
+
+
+def _check_sides(plan: Plan, rank: int, weights: Mapping[str, Tensor], live: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    check_parameters("policy", rank, plan.source.parameters.get(rank, {}), weights)
+    check_parameters("engine", rank, plan.destination.parameters.get(rank, {}), live)
+    for name, tensor in live.items():
+        if tensor.dtype != dtype:
+            raise RefitError(f"rank {rank}: engine parameter {name} is {tensor.dtype}, planned as {dtype}.")
 
 
 def check_parameters(side: str, rank: int, planned: Mapping[str, Box], actual: Mapping[str, Tensor]) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1z.errors import EngineError
-from megatron_r1z.protocols import Sampling
+from megatron_r1z.protocols import Result, Sampling
 from megatron_r1z.rollout.cpu import prepare_engine, prepare_import
 from megatron_r1z.types import FinishReason, Group, Prompt, Response
 
@@ -46,6 +46,8 @@ class VllmEngine:
         prepare_import()
         from vllm import LLM
 
+        from megatron_r1z.rollout.weights import register_receiver
+
         self._llm = LLM(
             model=settings.model_folder,
             load_format="dummy",
@@ -56,15 +58,15 @@ class VllmEngine:
             kv_cache_memory_bytes=settings.kv_cache_bytes,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            weight_transfer_config={"backend": register_receiver()},
             seed=settings.seed,
             **prepare_engine(settings.max_model_tokens),
         )
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> list[Group]:
         """Sample for this engine's share of `prompts`; return the groups for which this rank answers (see `protocols.Engine`)."""
-        if self._version is None:
-            raise EngineError("the engine has no weights yet; a refit must come before the first rollout.")
-        settings, version = self._settings, self._version
+        self._require_version(policy_version)
+        settings = self._settings
         engine, tp_rank = divmod(settings.rank, settings.tensor_parallel_size)
         share = range(engine, len(prompts), settings.num_ranks // settings.tensor_parallel_size)
         if not share:
@@ -76,21 +78,50 @@ class VllmEngine:
             use_tqdm=False,
         )
         groups = [
-            Group(index, prompts[index], tuple(_response(completion, version) for completion in output.outputs))
+            Group(index, prompts[index], tuple(_response(completion, policy_version) for completion in output.outputs))
             for index, output in zip(share, outputs, strict=True)
         ]
         return groups[tp_rank :: settings.tensor_parallel_size]
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """The live parameters of this rank's shard, by vLLM's names."""
-        parameters: dict[str, Tensor] = self._llm.apply_model(lambda model: dict(model.named_parameters()))[0]
+        """The parameters of this rank's shard that a refit writes, by vLLM's names (see `weights.written_parameters`)."""
+        from megatron_r1z.rollout.weights import written_parameters
+
+        parameters: dict[str, Tensor] = self._llm.apply_model(written_parameters)[0]
         return parameters
 
-    def set_version(self, policy_version: int) -> None:
-        """Stamp the weights just written and drop the cached keys and values of older ones."""
+    def receive(self, write: Callable[[Mapping[str, Tensor]], Result]) -> Result:
+        """Let `write` fill the parameters; from here on the engine refuses to generate until the weights are accepted."""
+        results: list[Result] = []
+        self._update({"write": lambda parameters: results.append(write(parameters))})
+        return results[0]
+
+    def receive_whole(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """As `receive`, for whole tensors by checkpoint name, which vLLM cuts itself."""
+        self._update({"tensors": tensors})
+
+    def _update(self, info: dict[str, Any]) -> None:
+        self._version = None
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": info})
+
+    def accept(self, policy_version: int) -> None:
+        """Take the weights just received as those of `policy_version`, and drop the cached keys and values of older ones."""
+        self._llm.finish_weight_update(weight_version=str(policy_version))
         if not self._llm.reset_prefix_cache():
             raise EngineError(f"the engine could not drop its prefix cache after refit {policy_version}; it is still generating.")
         self._version = policy_version
+
+    def _require_version(self, policy_version: int) -> None:
+        held = self._llm.get_weight_version()
+        if self._version is None:
+            raise EngineError(
+                f"the engine holds no accepted weights, so it cannot sample as version {policy_version}; a refit must come first."
+            )
+        if self._version != policy_version or held != str(policy_version):
+            raise EngineError(
+                f"the engine holds version {held} of the weights; version {policy_version} was asked for. Refit before a rollout."
+            )
 
     def close(self) -> None:
         """End the engine and its process groups, the default group among them; all ranks call this."""

@@ -53,7 +53,7 @@ def produced_by_the_stages() -> set[str]:
     return {
         *metrics.rollout_metrics([GradedGroup(Group(0, prompt, responses), verdicts)]),
         *metrics.update_metrics(stats),
-        *metrics.refit_metrics(RefitReceipt(1, 100, 0.1)),
+        *metrics.refit_metrics(RefitReceipt(1, 100, 0.1, (0.1,), ())),
     }
 
 

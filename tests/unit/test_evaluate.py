@@ -39,7 +39,7 @@ class Script:
         self.calls: list[list[str]] = []
         self.limit = limit
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> list[Group]:
         self.calls.append([prompt.prompt_id for prompt in prompts])
         self.flag.requested = len(self.calls) >= self.limit
         return [Group(place, prompt, self._respond(prompt, sampling)) for place, prompt in reversed(list(enumerate(prompts)))]
@@ -91,7 +91,7 @@ def test_sampling_follows_the_configuration() -> None:
 
 def test_records_are_in_order_and_become_metrics() -> None:
     script = Script()
-    results = evaluate_prompts(make_set("a", 3).prompts, script, script, Sampling(2, 8, 1.0, 1.0, -1, (), 0))  # type: ignore[arg-type]
+    results = evaluate_prompts(make_set("a", 3).prompts, script, script, Sampling(2, 8, 1.0, 1.0, -1, (), 0), 0)  # type: ignore[arg-type]
     assert [result.question_id for result in results] == ["a/0", "a/1", "a/2"]
     assert evaluation_metrics(score("a", results)) == {
         "evaluation/a_accuracy": pytest.approx(2 / 3),

@@ -13,12 +13,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_r1z.errors import DataError
-from megatron_r1z.export import load_hf_weights, locate_tensors, make_shards, save_hf
+from megatron_r1z import hf_files
+from megatron_r1z.errors import DataError, ExportError
+from megatron_r1z.export import load_hf_weights, save_hf
+from megatron_r1z.hf_files import locate_tensors
 from megatron_r1z.layout.blocks import Layout, engine_layout, hf_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.topology import Topology
 
+RunRanks = Callable[..., None]
+WORKER = Path(__file__).with_name("export_ranks.py")
 FAMILIES = [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False), ("mistral", False)]
 
 
@@ -136,16 +140,77 @@ def test_companions_and_replacement(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
-def test_shards_are_bounded_and_complete(tmp_path: Path) -> None:
-    shape = make_model(tmp_path, "llama", False)
-    sizes = {spec.name: spec.numel * 2 for spec in hf_tensors(shape)}
-    shards = make_shards(hf_layout(shape, 3), 2, 5000)
-    assert sorted(name for shard in shards for name in shard.tensors) == sorted(sizes)
-    assert all(sum(sizes[name] for name in shard.tensors) <= 5000 for shard in shards)
-    assert [shard.file for shard in shards] == [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-    ]
-    assert [shard.file for shard in make_shards(hf_layout(shape, 1), 2, 10**9)] == ["model.safetensors"]
+def files_of(folder: Path) -> dict[str, Tensor]:
+    return {name: load_file(path)[name] for name, path in locate_tensors(folder).items()}
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True)])
+def test_waves_and_ranks_do_not_change_what_is_written(tmp_path: Path, run_ranks: RunRanks, family: str, tied: bool) -> None:
+    make_model(tmp_path / "model", family, tied)
+    for num_ranks in (1, 2, 4):
+        run_ranks(WORKER, num_ranks, "waves", str(tmp_path))
+    expected = {name: tensor.bfloat16() for name, tensor in files_of(tmp_path / "model").items()}
+    folders = sorted(tmp_path.glob("out_*"))
+    assert len(folders) == 6
+    for folder in folders:
+        found = files_of(folder)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), folder
+        assert len(list(folder.glob("*.safetensors"))) > 5
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("case", ["full_disk", "bad_disk"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_export_that_fails_on_one_rank_fails_on_all_and_leaves_the_old_folder(
+    tmp_path: Path, run_ranks: RunRanks, case: str, num_ranks: int
+) -> None:
+    make_model(tmp_path / "model", "llama", False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    run_ranks(WORKER, num_ranks, case, str(tmp_path))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+
+
+def test_an_interrupted_export_leaves_the_old_folder_and_the_next_one_replaces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = make_model(tmp_path / "model", "llama", False)
+    layout = megatron_layout(shape, Topology(1), 64)
+    weights = loaded(tmp_path / "model", shape, layout, 0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_files.TensorWriter, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save_hf(tmp_path / "out", tmp_path / "model", shape, layout, weights, 0, 1, torch.float32)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    save_hf(tmp_path / "out", tmp_path / "model", shape, layout, weights, 0, 1, torch.float32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "old").exists()
+
+
+def test_an_export_where_no_folder_can_be_made_says_so(tmp_path: Path) -> None:
+    shape = make_model(tmp_path / "model", "llama", False)
+    layout = megatron_layout(shape, Topology(1), 64)
+    weights = loaded(tmp_path / "model", shape, layout, 0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"cannot write .*file/out.partial: Not a directory; .* can be written and has 141952 bytes free"):
+        save_hf(tmp_path / "file" / "out", tmp_path / "model", shape, layout, weights, 0, 1, torch.float32)
+
+
+def test_an_import_in_small_pieces_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = make_model(tmp_path, "qwen2", True)
+    layout = megatron_layout(shape, Topology(4, tp=2, pp=2), 64)
+    expected = [loaded(tmp_path, shape, layout, rank) for rank in range(4)]
+    for piece_bytes in (1, 300):
+        monkeypatch.setattr(hf_files, "PIECE_BYTES", piece_bytes)
+        for rank in range(4):
+            found = loaded(tmp_path, shape, layout, rank)
+            assert all(torch.equal(found[name], expected[rank][name]) for name in expected[rank])
 
 
 def drop_head(folder: Path) -> None:

@@ -91,7 +91,7 @@ def test_update_and_refit_metrics() -> None:
     assert metrics["update/skipped_steps"] == 1.0
     assert metrics["update/trained_tokens"] == 120.0
     assert len(set(metrics.values())) == len(metrics), "each figure has its own value, so none is written under two names"
-    assert refit_metrics(RefitReceipt(3, 4096, 0.5)) == {"refit/bytes": 4096.0, "refit/seconds_s": 0.5}
+    assert refit_metrics(RefitReceipt(3, 4096, 0.5, (0.2, 0.3), ())) == {"refit/bytes": 4096.0, "refit/seconds_s": 0.5}
 
 
 def test_the_steps_of_an_iteration_together() -> None:

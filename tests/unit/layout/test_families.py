@@ -22,6 +22,12 @@ BASE: dict[str, Any] = {
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
 
 
+SMALL_MIXTURES: dict[str, dict[str, int]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+}
+
+
 def write(folder: Path, **config: Any) -> Path:
     (folder / "config.json").write_text(json.dumps({**BASE, **config}))
     return folder
@@ -53,6 +59,20 @@ def test_both_spellings_of_rope(tmp_path: Path, spelling: dict[str, Any]) -> Non
     assert shape.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
 
 
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+def test_mixtures_of_experts(tmp_path: Path, key: str) -> None:
+    shape = load_shape(write(tmp_path, model_type="qwen3_moe", moe_intermediate_size=48, num_experts_per_tok=3, **{key: 6}))
+    assert (shape.ffn_size, shape.num_experts, shape.experts_per_token, shape.qk_norm) == (48, 6, 3, True)
+    shape = load_shape(write(tmp_path, architectures=["MixtralForCausalLM"]))
+    assert (shape.ffn_size, shape.num_experts, shape.experts_per_token, shape.qk_norm) == (96, 8, 2, False)
+
+
+def test_a_file_does_as_well_as_a_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path, model_type="llama")
+    (folder / "config.json").rename(folder / "llama.json")
+    assert load_shape(folder / "llama.json").family == "llama"
+
+
 def test_rope_without_scaling_in_new_spelling(tmp_path: Path) -> None:
     shape = load_shape(write(tmp_path, model_type="qwen2", rope_parameters={"rope_theta": 1e6, "rope_type": "default"}))
     assert (shape.rope_theta, shape.rope_scaling) == (1e6, None)
@@ -61,7 +81,7 @@ def test_rope_without_scaling_in_new_spelling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
-        ("gemma", {}, r"describes gemma, .*llama, mistral, qwen2, qwen3"),
+        ("gemma", {}, r"describes gemma, .*llama, mistral, qwen2, qwen3, mixtral, qwen3_moe"),
         ("qwen2", {"architectures": ["Qwen2VLForConditionalGeneration"]}, r"describes Qwen2VLForConditionalGeneration"),
         ("mistral", {}, r"sliding attention window \(4096 tokens\)"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, r"sliding attention window"),
@@ -77,6 +97,11 @@ def test_rope_without_scaling_in_new_spelling(tmp_path: Path) -> None:
         ("llama", {"num_key_value_heads": 3}, r"4 heads, which 3 key-value heads do not divide"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, r"quantised"),
         ("qwen2", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0.5"),
+        ("mixtral", {"sliding_window": 4096}, r"sliding attention window"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"dense layers between mixtures of experts \(mlp_only_layers \[1\]\)"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, r"dense layers between mixtures of experts \(decoder_sparse_step 2\)"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, r"shared experts"),
+        ("mixtral", {"num_experts_per_tok": 9}, r"8 experts, of which a token cannot use 9"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path: Path, family: str, config: dict[str, Any], message: str) -> None:
@@ -113,11 +138,15 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_tensors_are_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+def test_tensors_are_those_that_transformers_writes(tmp_path: Path, family: str, tied: bool) -> None:
     import transformers
+    from safetensors import safe_open
 
-    write(tmp_path, model_type=family, tie_word_embeddings=tied, head_dim=16, sliding_window=None)
+    write(tmp_path, model_type=family, tie_word_embeddings=tied, head_dim=16, sliding_window=None, **SMALL_MIXTURES.get(family, {}))
+    shape = load_shape(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert {spec.name: spec.shape for spec in hf_tensors(load_shape(tmp_path))} == expected
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "written")
+    with safe_open(tmp_path / "written" / "model.safetensors", framework="pt") as file:
+        expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    assert {spec.name: spec.shape for spec in hf_tensors(shape)} == expected
+    assert load_shape(tmp_path / "written") == shape

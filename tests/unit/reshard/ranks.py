@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,9 +23,12 @@ from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.plan import make_plan
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.reshard.execute import execute
+from megatron_r1z.protocols import Result
+from megatron_r1z.reshard.links import Link, Mapped, Wire
+from megatron_r1z.reshard.once import execute
 from megatron_r1z.reshard.refit import Refit
 
+Replace = Callable[[Mapping[int, Link]], Mapping[int, Link]]
 SHAPE = ModelShape("qwen2", 4, 16, 4, 2, 4, 24, 311, True, True, False, 1e4, None, 1e-6, 128)
 ROUND_BYTES = 4000
 
@@ -43,15 +49,20 @@ def parameters(layout: Layout, rank: int, dtype: torch.dtype, tensors: Mapping[s
 
 
 class ArrayEngine:
-    """The part of an engine that a refit touches."""
+    """The part of an engine that a refit touches; `version` is None while it would refuse to generate."""
 
     def __init__(self, live: dict[str, Tensor]) -> None:
-        self.live, self.version = live, -1
+        self.live: dict[str, Tensor] = live
+        self.version: int | None = None
 
     def parameters(self) -> Mapping[str, Tensor]:
         return self.live
 
-    def set_version(self, policy_version: int) -> None:
+    def receive(self, write: Callable[[Mapping[str, Tensor]], Result]) -> Result:
+        self.version = None
+        return write(self.live)
+
+    def accept(self, policy_version: int) -> None:
         self.version = policy_version
 
 
@@ -59,10 +70,10 @@ def reshard(source: Layout, destination: Layout, rank: int, wire: torch.dtype) -
     """From fp32 weights to `wire`; bits must be those of one rounding."""
     plan = make_plan(source, destination, wire.itemsize, ROUND_BYTES)
     found = parameters(destination, rank, wire)
-    written = execute(plan.of_rank(rank), parameters(source, rank, torch.float32, checkpoint()), found, dtype=wire, timeout_s=60)
+    done = execute(plan.of_rank(rank), parameters(source, rank, torch.float32, checkpoint()), found, dtype=wire, timeout_s=60)
     expected = parameters(destination, rank, wire, checkpoint())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert written == sum(math.prod(block.size) for block in destination.blocks_of(rank)) * wire.itemsize
+    assert done.nbytes == sum(math.prod(block.size) for block in destination.blocks_of(rank)) * wire.itemsize
 
 
 def case_execute(rank: int, num_ranks: int, folder: Path) -> None:
@@ -72,20 +83,155 @@ def case_execute(rank: int, num_ranks: int, folder: Path) -> None:
     reshard(megatron_layout(SHAPE, Topology(4, 1, 2, 2), 1), engine_layout(SHAPE, 4, 4), rank, torch.bfloat16)
 
 
-def case_refit(rank: int, num_ranks: int, folder: Path) -> None:
-    source, destination = megatron_layout(SHAPE, Topology(4, 2, 2), 8), engine_layout(SHAPE, 4, 1)
-    plan = make_plan(source, destination, 2, ROUND_BYTES)
+def make_refit(rank: int, num_ranks: int, links: Replace = dict, timeout_s: float = 60) -> tuple[Refit, ArrayEngine, dict[str, Tensor]]:
+    """Tensor and pipeline parallel policy, engines of one rank, rounds of a few kilobytes."""
+    source = megatron_layout(SHAPE, Topology(num_ranks, 2, num_ranks // 2), 8)
+    destination = engine_layout(SHAPE, num_ranks, 1)
     weights = parameters(source, rank, torch.float32, checkpoint())
     engine = ArrayEngine(parameters(destination, rank, torch.bfloat16))
-    refit = Refit(plan, rank, lambda: weights, engine, torch.bfloat16, timeout_s=60)
-    receipt = refit(policy_version=5)
-    assert (receipt.policy_version, receipt.nbytes, engine.version) == (5, plan.nbytes, 5)
-    for tensor in weights.values():
-        tensor.mul_(2)
-    refit(policy_version=6)
-    expected = parameters(destination, rank, torch.bfloat16, {name: 2 * tensor for name, tensor in checkpoint().items()})
-    assert all(torch.equal(engine.live[name], expected[name]) for name in expected)
-    assert engine.version == 6
+    plan = make_plan(source, destination, 2, ROUND_BYTES)
+    return Refit(plan, rank, lambda: weights, engine, torch.bfloat16, timeout_s=timeout_s, links=links), engine, weights
+
+
+def through_wires(links: Mapping[int, Link]) -> Mapping[int, Link]:
+    assert all(isinstance(link, Mapped) for link in links.values())  # ranks of one machine see each other's memory
+    return {peer: Wire(peer, None) for peer in links}
+
+
+def case_refit(rank: int, num_ranks: int, folder: Path) -> None:
+    receipts = []
+    for links in (dict, through_wires):
+        refit, engine, weights = make_refit(rank, num_ranks, links)
+        for policy_version, factor in ((5, 1), (6, 2)):
+            for tensor in weights.values() if factor == 2 else ():
+                tensor.mul_(2)
+            receipt = refit(policy_version)
+            scaled = {name: factor * tensor for name, tensor in checkpoint().items()}
+            expected = parameters(engine_layout(SHAPE, num_ranks, 1), rank, torch.bfloat16, scaled)
+            assert all(torch.equal(engine.live[name], expected[name]) for name in expected)
+            assert (receipt.policy_version, engine.version) == (policy_version, policy_version)
+            assert receipt.nbytes == num_ranks * 2 * sum(spec.numel for spec in hf_tensors(SHAPE))
+            assert len(receipt.round_seconds) > 2
+            assert min(receipt.round_seconds) >= 0
+            receipts.append(receipt)
+    assert receipts[0].digests == receipts[2].digests != receipts[1].digests == receipts[3].digests
+    assert [group for group, _ in receipts[0].digests] == [
+        "model.embed_tokens.weight",
+        *(f"model.layers.{layer}" for layer in range(SHAPE.num_layers)),
+        "model.norm.weight",
+    ]
+
+
+# --- what can go wrong ---
+
+
+class Broken:
+    """A link that does something wrong when it has sent `good` messages."""
+
+    def __init__(self, link: Link, fault: Callable[[Tensor], None], good: int = 0) -> None:
+        self._link, self._fault, self._good = link, fault, good
+        self.landing, self.receive, self.await_arrival = link.landing, link.receive, link.await_arrival
+        self.release, self.await_release = link.release, link.await_release
+
+    def send(self, packed: Tensor) -> dist.P2POp | None:
+        if self._good == 0:
+            self._fault(packed)
+        self._good -= 1
+        return self._link.send(packed)
+
+
+def flip(packed: Tensor) -> None:
+    packed[packed.numel() // 2] ^= 16
+
+
+def broken(rank: int, fault: Callable[[Tensor], None], base: Replace = dict, good: int = 1) -> Replace:
+    """Rank 1's links to rank 0 break at their second message."""
+
+    def replace(links: Mapping[int, Link]) -> Mapping[int, Link]:
+        links = dict(base(links))
+        if rank == 1:
+            links[0] = Broken(links[0], fault, good)
+        return links
+
+    return replace
+
+
+def case_flipped(rank: int, num_ranks: int, folder: Path) -> None:
+    for base in (dict, through_wires):
+        refit, engine, _ = make_refit(rank, num_ranks, broken(rank, flip, base))
+        with pytest.raises(RefitError) as caught:
+            refit(policy_version=5)
+        sentence = (
+            r"refit 5: model\.\S+ \[.*\] of rank 1 \(sum \w{16}\) arrived on rank 0 in round \d+ of \d+ as model\.\S+ \[.*\] "
+            r"\(sum \w{16}\); 1 of \d+ tensors differ from the source's. Restart from the last checkpoint"
+        )
+        assert re.search(sentence, str(caught.value)), caught.value
+        assert engine.version is None
+
+
+def case_dropped(rank: int, num_ranks: int, folder: Path) -> None:
+    """A rank leaves out one step of writing what arrived; then a plan that lacks a block on both sides."""
+    refit, engine, _ = make_refit(rank, num_ranks)
+    refit(policy_version=1)
+    if rank == 1:
+        refit._executor._program.rounds[-1].unpack.clear()
+    with pytest.raises(RefitError, match=r"arrived on rank 1 in round \d+ of \d+ as .*; \d+ of \d+ tensors differ"):
+        refit(policy_version=2)
+    assert engine.version is None
+    plan = make_plan(megatron_layout(SHAPE, Topology(num_ranks, 2, num_ranks // 2), 8), engine_layout(SHAPE, num_ranks, 1), 2, ROUND_BYTES)
+    short = dataclasses.replace(plan, rounds=(*plan.rounds[:-1], plan.rounds[-1][1:]))
+    refit = Refit(short, rank, lambda: parameters(plan.source, rank, torch.bfloat16, checkpoint()), engine, torch.bfloat16, timeout_s=60)
+    with pytest.raises(RefitError, match=r"refit 3 wrote \d+ of \d+ bytes; restart from the last checkpoint"):
+        refit(policy_version=3)
+
+
+def case_misplaced(rank: int, num_ranks: int, folder: Path) -> None:
+    """A plan that takes a block from the wrong place, and the same on its way in: sender and receiver agree, the layouts do not."""
+    _, engine, weights = make_refit(rank, num_ranks)
+    plan = make_plan(megatron_layout(SHAPE, Topology(num_ranks, 2, num_ranks // 2), 8), engine_layout(SHAPE, num_ranks, 1), 2, ROUND_BYTES)
+    name = "model.layers.0.self_attn.k_proj.bias"
+    for change in (lambda copy: {"source_start": (copy.source_start[0] - 4,)}, lambda copy: {"destination_start": (0,)}):
+        rounds = tuple(tuple(copy._replace(**change(copy)) if copy.tensor == name else copy for copy in copies) for copies in plan.rounds)
+        assert rounds != plan.rounds
+        wrong = Refit(dataclasses.replace(plan, rounds=rounds), rank, lambda: weights, engine, torch.bfloat16, timeout_s=60)
+        with pytest.raises(
+            RefitError, match=r"model.layers.0.self_attn.\w_proj.bias \[\d+\] of rank \d .* arrived on rank \d .* as model.layers.0"
+        ):
+            wrong(policy_version=1)
+        assert engine.version is None
+
+
+def case_dead(rank: int, num_ranks: int, folder: Path) -> None:
+    """Rank 1 ends in the middle; whoever waits for it says so at once."""
+    base = through_wires if num_ranks == 2 else dict
+    refit, engine, _ = make_refit(rank, num_ranks, broken(rank, lambda packed: os._exit(0), base), timeout_s=20)
+    start = time.monotonic()
+    with pytest.raises(RefitError, match=r"refit: rank \d[,:] (round \d+ of \d+|after the last round)?.*failed or took more than 20 s"):
+        refit(policy_version=5)
+    assert time.monotonic() - start < 25
+    assert engine.version is None
+    os._exit(0)  # the process group cannot be ended in order
+
+
+def case_slow(rank: int, num_ranks: int, folder: Path) -> None:
+    """Rank 1 falls asleep in the middle for longer than the others wait."""
+
+    def sleep(packed: Tensor) -> None:
+        deadline = time.monotonic() + 30
+        while not (folder / "done").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os._exit(0)
+
+    refit, engine, _ = make_refit(rank, num_ranks, broken(rank, sleep, through_wires if num_ranks == 2 else dict), timeout_s=1)
+    start = time.monotonic()
+    with pytest.raises(RefitError) as caught:
+        refit(policy_version=5)
+    expected = r"refit: rank 0, round \d+ of \d+: receiving model\.\S+( and \d+ more blocks)? from rank 1 failed or took more than 1 s"
+    assert rank != 0 or re.search(expected, str(caught.value)), caught.value
+    assert time.monotonic() - start < 10
+    assert engine.version is None
+    (folder / "done").touch()
+    os._exit(0)
 
 
 def case_export(rank: int, num_ranks: int, folder: Path) -> None:
@@ -110,7 +256,8 @@ def case_late(rank: int, num_ranks: int, folder: Path) -> None:
     found = parameters(plan.destination, rank, torch.float32)
     with pytest.raises(RefitError) as caught:
         execute(plan.of_rank(rank), source, found, dtype=torch.float32, timeout_s=1)
-    assert f"rank 0, round 1 of {len(plan.rounds)}: receiving from rank 1" in str(caught.value)
+    assert f"rank 0, round 1 of {len(plan.rounds)}: receiving model." in str(caught.value)
+    assert " from rank 1 failed" in str(caught.value)
     assert "more than 1 s" in str(caught.value)
     (folder / "done").touch()
 
@@ -118,6 +265,11 @@ def case_late(rank: int, num_ranks: int, folder: Path) -> None:
 CASES: Mapping[str, Callable[[int, int, Path], None]] = {
     "execute": case_execute,
     "refit": case_refit,
+    "flipped": case_flipped,
+    "dropped": case_dropped,
+    "misplaced": case_misplaced,
+    "dead": case_dead,
+    "slow": case_slow,
     "export": case_export,
     "late": case_late,
 }

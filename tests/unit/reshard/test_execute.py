@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.plan import make_plan
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.reshard.execute import execute
+from megatron_r1z.protocols import Result
+from megatron_r1z.reshard.once import execute
 from megatron_r1z.reshard.refit import Refit, check_parameters
 
 SHAPE = ModelShape("qwen2", 2, 16, 4, 2, 4, 24, 70, True, True, False, 1e4, None, 1e-6, 128)
@@ -37,7 +38,7 @@ WORKER = Path(__file__).with_name("ranks.py")
 def test_four_ranks_reshard_refit_and_export(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    run_ranks(WORKER, 4, "execute,refit,export", str(tmp_path))
+    run_ranks(WORKER, 4, "execute,export", str(tmp_path))
     names = sorted(path.name for path in (tmp_path / "export").iterdir())
     shards = [name for name in names if name.endswith(".safetensors")]
     assert names == ["config.json", *shards, "model.safetensors.index.json"]
@@ -45,6 +46,19 @@ def test_four_ranks_reshard_refit_and_export(tmp_path: Path, run_ranks: Callable
     assert len(shards) >= 4
     assert json.loads((tmp_path / "export" / "config.json").read_text())["torch_dtype"] == "float32"
     assert not list(tmp_path.glob("export.*"))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_refits_that_must_work_and_refits_that_must_not(tmp_path: Path, run_ranks: Callable[..., None], num_ranks: int) -> None:
+    run_ranks(WORKER, num_ranks, "refit,flipped,dropped,misplaced", str(tmp_path))
+
+
+@pytest.mark.parametrize("case", ["dead", "slow"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_rank_that_fails_in_the_middle_ends_the_refit_in_time(
+    tmp_path: Path, run_ranks: Callable[..., None], case: str, num_ranks: int
+) -> None:
+    run_ranks(WORKER, num_ranks, case, str(tmp_path))
 
 
 def test_a_rank_that_stays_away_is_named(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
@@ -58,7 +72,10 @@ class ArrayEngine:
     def parameters(self) -> dict[str, torch.Tensor]:
         return self.live
 
-    def set_version(self, policy_version: int) -> None:
+    def receive(self, write: Callable[[Mapping[str, torch.Tensor]], Result]) -> Result:
+        return write(self.live)
+
+    def accept(self, policy_version: int) -> None:
         self.version = policy_version
 
 
@@ -112,6 +129,6 @@ def test_local_copies_convert() -> None:
     source = megatron_layout(SHAPE, Topology(1), 1)
     weights = {name: torch.randn(size) for name, size in source.parameters[0].items()}
     copied = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in source.parameters[0].items()}
-    nbytes = execute(make_plan(source, source, 2).of_rank(0), weights, copied, dtype=torch.bfloat16)
+    done = execute(make_plan(source, source, 2).of_rank(0), weights, copied, dtype=torch.bfloat16)
     assert all(torch.equal(copied[name], weights[name].bfloat16()) for name in weights)
-    assert nbytes == 2 * sum(tensor.numel() for tensor in weights.values())
+    assert done.nbytes == 2 * sum(tensor.numel() for tensor in weights.values())

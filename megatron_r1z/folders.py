@@ -1,0 +1,30 @@
+"""What kind of weights a folder holds, told by the files in it. Standard library only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["hf", "megatron"]
+"""A model folder in Hugging Face format, or a checkpoint by Megatron's `dist_checkpointing`."""
+
+STATE_FILE = "state.json"
+"""Written last into a checkpoint of a run: where the run stood."""
+WEIGHTS_FILE = "weights.json"
+"""Written last into a checkpoint of weights alone: where they come from."""
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_SIGNS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "hf": (("config.json",), (SINGLE_FILE, INDEX_FILE)),
+    "megatron": ((".metadata",), (STATE_FILE, WEIGHTS_FILE)),
+}
+"""Files of which a folder has all, and files of which it has one at least."""
+
+
+def kind_of(folder: str | Path) -> Kind | None:
+    """What a complete folder of weights holds; None for anything else."""
+    for kind, (all_of, one_of) in _SIGNS.items():
+        if all((Path(folder) / name).exists() for name in all_of) and any((Path(folder) / name).exists() for name in one_of):
+            return kind
+    return None
