@@ -10,10 +10,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 NONE_IS_FINE := || { status=$$?; $(if $(PYTEST_ARGS),[ $$status -eq 5 ] ||,) exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test check format clean
+.PHONY: help env quickstart test test-megatron-latest invariance check format clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: ## create or update .venv (CPU, Python 3.11): about 2 minutes, 3.5 GB
 	@bash tools/make_env.sh
@@ -26,6 +26,13 @@ test: env ## unit tests, then the whole loop on CPU; PYTEST_ARGS="-k name -x" go
 	@$(PYTEST) tests/unit $(PYTEST_ARGS) $(NONE_IS_FINE)
 	@echo "== loop tests (tests/loop) =="
 	@$(PYTEST) tests/loop $(PYTEST_ARGS) $(NONE_IS_FINE)
+
+invariance: env ## measure every layout against the float64 reference and write docs/invariance.md (4 minutes)
+	@$(PYTEST) tests/loop/test_layouts.py --invariance docs/invariance.md
+
+test-megatron-latest: ## the layouts and the table with the megatron-core of the GPU environment (Python 3.12, no vLLM; 6 GB)
+	@bash tools/make_env.sh .venv-latest latest,dev python3.12
+	@OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -q tests/unit/layout tests/loop/test_layouts.py $(PYTEST_ARGS)
 
 check: env ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

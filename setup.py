@@ -42,6 +42,8 @@ EXTRAS = {
         "transformer-engine[pytorch,core_cu13]==2.20.*",
         *COMMON,
     ],
+    # Python >= 3.12: the megatron-core of the GPU environment on a CPU, without vLLM, for `make test-megatron-latest`.
+    "latest": ["megatron-core==0.19.*", "torch==2.13.0", *COMMON],
     # Cannot share an environment with vLLM: leptonai pins an older prometheus-fastapi-instrumentator. leptonai 0.28 dropped the
     # module that nemo-run imports.
     "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],

@@ -243,7 +243,7 @@ def _live_engine(model: str) -> VllmEngine:
             rank=0,
             num_ranks=1,
             tensor_parallel_size=1,
-            max_model_tokens=512,
+            max_model_tokens=load_shape(model).max_positions,
             max_concurrent_sequences=8,
             kv_cache_bytes=64 << 20,
             seed=0,

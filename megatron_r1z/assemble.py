@@ -62,7 +62,7 @@ class Weights:
 def plan_weights(config: Settings) -> Weights:
     """The policy's layout; raises what cannot be split."""
     shape, parallel = load_shape(config.model.path), config.parallel
-    topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
+    topology = parallel.topology
     transformer_engine = has_transformer_engine()
     layout = megatron_layout(shape, topology, VOCAB_MULTIPLE[transformer_engine], "te" if transformer_engine else "local")
     return Weights(shape, topology, layout)

@@ -18,12 +18,14 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from megatron_r1z.errors import ConfigError
+from megatron_r1z.layout.topology import Topology
 
 Template = Literal["r1", "qwen_math", "no", "few_shot", "chat"]
 GradingMode = Literal["strict", "fast", "math_verify"]
 RefitWay = Literal["planned", "gathered"]
 RewardForm = Literal["auto", "boxed", "answer_tag", "answer_tag_lenient", "think_then_boxed"]
 Algorithm = Literal["drgrpo", "grpo", "rloo", "token_mean"]
+Recompute = Literal["none", "selective", "full"]
 Scalar = str | int | float | bool
 
 
@@ -56,15 +58,21 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     """Ranks that share every matrix; must divide heads, key-value heads and feed-forward size."""
     pipeline_parallel_size: int = 1
-    """Ranks that share the layers; must divide their number."""
+    """Ranks that share the layers; must divide their number, or see `pipeline_layers`."""
     virtual_pipeline_size: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Layers of each model chunk in model order, such as `[7, 9]`; empty: the same for all. Chunk i is on pipeline rank i modulo
+    `pipeline_parallel_size`. Fewer at the ends make up for embedding and output layer."""
     sequence_parallel: bool = False
     """Split activations between the tensor-parallel regions over the tensor-parallel ranks."""
     micro_batch_tokens: int = 4096
     """Upper bound of tokens in one forward pass of one data-parallel rank; a longer sample travels alone."""
     pad_sequences: bool = False
     """Pad every sequence of a step to the longest one. For comparisons only: packing is the same maths with less work."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again instead of keeping them. `selective`: those within feed-forward layers, where most
+    are; `full`: all but the input of each layer. The same numbers in more time and less memory."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_ranks", "threads_per_rank", "tensor_parallel_size", "pipeline_parallel_size")
@@ -76,6 +84,11 @@ class ParallelConfig:
             )
         if self.virtual_pipeline_size > 1 and self.pipeline_parallel_size == 1:
             raise ConfigError("parallel: virtual_pipeline_size > 1 needs pipeline_parallel_size > 1.")
+        if self.pipeline_layers and (len(self.pipeline_layers) != self.num_chunks or min(self.pipeline_layers) < 1):
+            raise ConfigError(
+                f"parallel.pipeline_layers is {list(self.pipeline_layers)}; it must give each of the {self.chunks_in_words} at least "
+                "one layer."
+            )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise ConfigError("parallel: sequence_parallel needs tensor_parallel_size > 1.")
 
@@ -83,6 +96,28 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def topology(self) -> Topology:
+        """The degrees as layouts know them."""
+        return Topology(
+            self.num_ranks,
+            self.tensor_parallel_size,
+            self.pipeline_parallel_size,
+            self.virtual_pipeline_size,
+            chunk_layers=self.pipeline_layers,
+        )
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks of the whole model."""
+        return self.pipeline_parallel_size * self.virtual_pipeline_size
+
+    @property
+    def chunks_in_words(self) -> str:
+        """What messages call the model chunks."""
+        sizes = f"pipeline_parallel_size {self.pipeline_parallel_size} x virtual_pipeline_size {self.virtual_pipeline_size}"
+        return f"{self.num_chunks} model chunks ({sizes})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,9 +342,13 @@ class OptimizerConfig:
     """Bound of the global gradient norm."""
     distributed: bool = False
     """Split optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    offload_to_host: bool = False
+    """Keep optimizer state in the host's memory and take the step there; needs a GPU and `distributed`. Not run on a GPU yet."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that are skipped, because a loss or gradient is not finite, before the run stops."""
 
     def __post_init__(self) -> None:
-        _positive(self, "lr", "eps", "clip_grad")
+        _positive(self, "lr", "eps", "clip_grad", "max_skipped_steps")
         _not_negative(self, "min_lr", "warmup_steps", "decay_steps", "weight_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas are {list(self.betas)}; each must be at least 0 and below 1.")
@@ -317,6 +356,10 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}.")
         if self.schedule != "constant" and self.decay_steps is None:
             raise ConfigError(f"optimizer: schedule {self.schedule} needs decay_steps.")
+        if self.offload_to_host and not self.distributed:
+            raise ConfigError(
+                "optimizer.offload_to_host is a part of Megatron's distributed optimizer; set optimizer.distributed=true too."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

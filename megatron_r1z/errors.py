@@ -6,6 +6,7 @@ R1ZError                 anything we raise on purpose; its text is one sentence 
 │   ├── DataError        a question file, a corpus or a model folder that cannot be used
 │   └── MissingExtraError  a library of another extra of setup.py is needed
 ├── EngineError          the rollout engine cannot serve: wrong version of the weights, or it died
+├── TrainingError        optimizer steps came to nothing, so the run makes no progress
 ├── ExportError          weights could not be written, or do not read back as they were written
 └── RefitError           the hand-over of weights to the engine did not end in the right weights
 """
@@ -33,6 +34,10 @@ class MissingExtraError(UsageError):
 
 class EngineError(R1ZError):
     """The rollout engine cannot serve."""
+
+
+class TrainingError(R1ZError):
+    """Too many optimizer steps in a row were skipped; the last finished iteration is in a checkpoint."""
 
 
 class ExportError(R1ZError):

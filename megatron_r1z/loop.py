@@ -40,6 +40,7 @@ from megatron_r1z.protocols import Engine, Grader, Sampling
 from megatron_r1z.receipts import save_receipt
 from megatron_r1z.rollouts import save_rollouts
 from megatron_r1z.scores import score
+from megatron_r1z.skips import Skips
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import GradedGroup, RefitReceipt, Sample, UpdateStats
 
@@ -77,9 +78,11 @@ class Run:
     stop_flag: StopFlag
     state: RunState
     watch: Stopwatch = field(init=False)
+    skips: Skips = field(init=False)
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.log)
+        self.skips = Skips(self.config.optimizer.max_skipped_steps)
 
     @property
     def objective(self) -> Objective:
@@ -118,6 +121,9 @@ def train(run: Run) -> bool:
     """Run the iterations that are left; True when all are done, False when the run was asked to stop.
 
     The last finished iteration is in a checkpoint either way.
+
+    Raises:
+        TrainingError: `optimizer.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
     """
     saved = run.state if run.checkpoints.latest() else None
     certified = False
@@ -144,12 +150,16 @@ def train(run: Run) -> bool:
         run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state())
         _keep_rollouts(run, iteration, graded, samples, step_of)
         _record(run, graded, stats, receipt)
+        _count_skips(run, stats, samples, step_of)
+        if run.skips.too_many:
+            break
         if _is_due(run, run.config.evaluation.every):
             _evaluate(run)
         if _is_due(run, run.config.checkpoint.every):
             saved = _save(run)
     if saved != run.state:
         _save(run)
+    run.skips.check(f"iteration {run.state.iteration}")
     return run.state.iteration == run.config.algorithm.iterations
 
 
@@ -262,6 +272,15 @@ def _record(run: Run, graded: Sequence[GradedGroup], stats: Sequence[UpdateStats
     warning = grading_warning(metrics)
     if warning is not None:
         run.log.say(warning)
+
+
+def _count_skips(run: Run, stats: Sequence[UpdateStats], samples: Sequence[Sample], step_of: dict[str, int]) -> None:
+    """Tell of skipped steps of the iteration that just ended."""
+    for index, item in enumerate(stats):
+        members = [sample for sample in samples if step_of[sample.sample_id] == index]
+        warning = run.skips.count(run.state.steps - len(stats) + index + 1, item, members)
+        if warning is not None:
+            run.log.say(warning)
 
 
 def _cells(iteration: int, metrics: Metrics) -> dict[str, str]:

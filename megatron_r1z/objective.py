@@ -107,3 +107,13 @@ def clipped_losses(
 def likelihood_losses(logprobs_R: Tensor, weights_R: Tensor) -> TokenLosses:
     """Next-token loss in the same form: minus the weighted log-prob of each token, ratio 1, nothing clipped."""
     return TokenLosses(-weights_R * logprobs_R, torch.ones_like(logprobs_R), torch.zeros_like(logprobs_R, dtype=torch.bool))
+
+
+def kl_terms(logprobs_R: Tensor, engine_logprobs_R: Tensor) -> Tensor:
+    """Estimate of the divergence of the sampled distribution from the policy's, KL(engine || policy), by token; nats, float64.
+
+    The mean over sampled tokens is unbiased and no term is below 0: exp(d) - 1 - d with d = policy minus engine log-prob ("k3" of
+    J. Schulman, "Approximating KL divergence", 2020). It says how far apart they are and is in no loss.
+    """
+    difference = logprobs_R.double() - engine_logprobs_R.double()
+    return torch.expm1(difference) - difference

@@ -12,7 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.types import Sample
+
+CLOSE = 0.005
+"""Parts are levelled until the largest is above the mean by no more than this share of it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,35 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
+class SampleCost:
+    """What a sample costs; only the proportions matter. The default is a dense model of hidden size 1024, its output layer left out.
+
+    >>> SampleCost(token=12, pair=1).of(tokens=10, responses=4)
+    220
+    """
+
+    token: int = 12 * 1024
+    """Matrices of the layers, per token."""
+    pair: int = 1
+    """Attention, per pair of tokens of the sample."""
+    response: int = 0
+    """Output layer, per response token: no other row goes through it."""
+
+    @classmethod
+    def of_model(cls, shape: ModelShape) -> SampleCost:
+        """Multiplications by a weight or between activations; a causal pair is one product with a key and a value of every head, halved."""
+        queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        router, experts = shape.num_experts * shape.hidden_size, shape.experts_per_token or 1
+        feed_forward = 3 * experts * shape.hidden_size * shape.ffn_size + router
+        layer = shape.hidden_size * 2 * (queries + keys) + feed_forward
+        return cls(shape.num_layers * layer, shape.num_layers * queries, shape.hidden_size * shape.vocab_size)
+
+    def of(self, tokens: int, responses: int) -> int:
+        """Cost of a sample of `tokens` tokens, `responses` of them in the response."""
+        return tokens * self.token + tokens**2 * self.pair + responses * self.response
+
+
+@dataclass(frozen=True)
 class PackingRules:
     """How samples may be put together; the same on every rank."""
 
@@ -66,6 +99,8 @@ class PackingRules:
     """Pad every micro-batch to the T of the rank's longest (pipeline stages exchange activations of one size)."""
     pad_sequences: bool = False
     """Pad every sequence to the longest of the step instead of packing."""
+    cost: SampleCost = SampleCost()
+    """What the data-parallel ranks are balanced by."""
 
 
 def pack(
@@ -79,17 +114,19 @@ def pack(
 ) -> GlobalBatch:
     """Make `data_rank`'s micro-batches of one optimizer step over `samples`.
 
-    Every rank computes the whole assignment from the same samples, so nothing is communicated. Samples with advantage 0 have neither
+    Every rank computes the whole assignment from the same samples, so nothing is communicated: samples to ranks of about equal cost, then
+    each rank's to the fewest micro-batches within the budget that serve all ranks, of about equal T. Samples with advantage 0 have neither
     loss nor gradient under any objective of the table: they are left out of the forward pass, and stay in N and D.
     """
     trained = [sample for sample in samples if sample.advantage != 0.0 or not skip_zero_advantage]
     longest = max((len(sample.token_ids) for sample in trained), default=1)
     width = longest if rules.pad_sequences else 0
-    ranks = _balance(trained, rules.data_parallel_size)
-    bins = [_fill(rank_samples, rules.micro_batch_tokens, width) for rank_samples in ranks]
-    most = max(1, *(len(rank_bins) for rank_bins in bins))
+    ranks = _split_samples(trained, rules, width)
+    sizes = [[min(_padded_length(sample, width), rules.micro_batch_tokens) for sample in rank_samples] for rank_samples in ranks]
+    most = max(1, *(_fewest_parts(rank_sizes, rules.micro_batch_tokens) for rank_sizes in sizes))
     count = -(-most // rules.micro_batches_multiple) * rules.micro_batches_multiple
-    mine = bins[data_rank] + [[] for _ in range(count - len(bins[data_rank]))]
+    parts = _fill(sizes[data_rank], rules.micro_batch_tokens, count)
+    mine = [[ranks[data_rank][index] for index in part] for part in parts]
     totals = [_num_tokens(members, rules.tokens_multiple, width) for members in mine]
     if rules.equal_micro_batches:
         totals = [max(totals)] * count
@@ -100,36 +137,100 @@ def pack(
     return GlobalBatch(micro_batches, len(samples), denominator)
 
 
-def _balance(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:
-    """Longest first, each to the rank with the fewest tokens so far."""
-    ranks: list[list[Sample]] = [[] for _ in range(num_ranks)]
-    load = [0] * num_ranks
-    for sample in sorted(samples, key=lambda sample: -len(sample.token_ids)):
-        rank = load.index(min(load))
-        ranks[rank].append(sample)
-        load[rank] += len(sample.token_ids)
-    return ranks
+def _split_samples(samples: Sequence[Sample], rules: PackingRules, width: int) -> list[list[Sample]]:
+    """The samples of each data-parallel rank, about the same cost on all."""
+    costs = [rules.cost.of(_padded_length(sample, width), sample.response_length) for sample in samples]
+    return [[samples[index] for index in part] for part in _split(costs, rules.data_parallel_size, sum(costs))]
 
 
-def _fill(samples: Sequence[Sample], budget: int, width: int) -> list[list[Sample]]:
-    """First-fit decreasing into bins of `budget` tokens; a sample above the budget has a bin to itself."""
-    bins: list[list[Sample]] = []
+def _padded_length(sample: Sample, width: int) -> int:
+    return max(len(sample.token_ids), width)
+
+
+def _fewest_parts(sizes: Sequence[int], budget: int) -> int:
+    """Parts of at most `budget` that first-fit decreasing needs, or fewer where `_split` can. No size exceeds the budget."""
+    enough = len(_first_fit(sizes, budget))
+    fewer = range(max(-(-sum(sizes) // budget), 1), enough)
+    return next((count for count in fewer if _fits(_split(sizes, count, budget), sizes, budget)), enough)
+
+
+def _fill(sizes: Sequence[int], budget: int, count: int) -> list[list[int]]:
+    """Indices of `sizes` in `count` parts of about equal totals, none above `budget`; `count` is at least `_fewest_parts`."""
+    parts = _split(sizes, count, budget)
+    if _fits(parts, sizes, budget):
+        return parts
+    parts = _first_fit(sizes, budget)
+    return _level([*parts, *([] for _ in range(count - len(parts)))], sizes, budget)
+
+
+def _fits(parts: Sequence[Sequence[int]], sizes: Sequence[int], budget: int) -> bool:
+    return all(sum(sizes[index] for index in part) <= budget for part in parts)
+
+
+def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes`, largest first, each in the first part of at most `budget` that has room."""
+    parts: list[list[int]] = []
     room: list[int] = []
-    for sample in samples:
-        size = max(len(sample.token_ids), width)
-        index = next((index for index, free in enumerate(room) if size <= free), None)
-        if index is None:
-            bins.append([sample])
+    for index in _largest_first(sizes):
+        size = sizes[index]
+        place = next((place for place, free in enumerate(room) if size <= free), None)
+        if place is None:
+            parts.append([index])
             room.append(budget - size)
         else:
-            bins[index].append(sample)
-            room[index] -= size
-    return bins
+            parts[place].append(index)
+            room[place] -= size
+    return parts
+
+
+def _split(sizes: Sequence[int], count: int, limit: int) -> list[list[int]]:
+    """Indices of `sizes` in `count` parts of about equal totals: largest first, each to the emptiest part, then `_level`."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for index in _largest_first(sizes):
+        emptiest = totals.index(min(totals))
+        parts[emptiest].append(index)
+        totals[emptiest] += sizes[index]
+    return _level(parts, sizes, limit)
+
+
+def _largest_first(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda index: -sizes[index])
+
+
+def _level(parts: list[list[int]], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Lower the largest total by exchanges until it is close to the mean and not above `limit`, or until no exchange lowers it.
+
+    The fullest part gives a size and gets a smaller one or none, from the emptiest part that has a suitable one.
+    """
+    totals = [sum(sizes[index] for index in part) for part in parts]
+    goal = min(limit, (1 + CLOSE) * sum(totals) / len(totals))
+    while max(totals) > goal:
+        full = totals.index(max(totals))
+        others = sorted(range(len(parts)), key=lambda place: totals[place])
+        found = ((_exchange(sizes, parts[full], parts[other], totals[full] - totals[other]), other) for other in others)
+        best = next(((exchange, other) for exchange, other in found if exchange is not None), None)
+        if best is None:
+            break
+        (moved, given, taken), other = best
+        parts[full] = [*(index for index in parts[full] if index != given), *taken]
+        parts[other] = [*(index for index in parts[other] if index not in taken), given]
+        totals[full] -= moved
+        totals[other] += moved
+    return parts
+
+
+def _exchange(sizes: Sequence[int], full: Sequence[int], other: Sequence[int], gap: int) -> tuple[int, int, tuple[int, ...]] | None:
+    """The exchange that brings two parts, `gap` apart, closest together: what it moves, the index given and the one taken, if any."""
+    moves = ((sizes[index], index, ()) for index in full)
+    swaps = ((sizes[index] - sizes[taken], index, (taken,)) for index in full for taken in other)
+    suitable = (item for item in (*moves, *swaps) if 0 < item[0] < gap)
+    return min(suitable, key=lambda item: abs(2 * item[0] - gap), default=None)
 
 
 def _num_tokens(samples: Sequence[Sample], multiple: int, width: int) -> int:
     """T, at least one multiple: a micro-batch without samples holds padding only."""
-    tokens = sum(max(len(sample.token_ids), width) for sample in samples)
+    tokens = sum(_padded_length(sample, width) for sample in samples)
     return max(-(-tokens // multiple), 1) * multiple
 
 
@@ -145,7 +246,7 @@ def _make_micro_batch(
     weights: list[float] = []
     engine: list[float] = []
     for sample in samples:
-        length, padded = sample.response_length, max(len(sample.token_ids), width)
+        length, padded = sample.response_length, _padded_length(sample, width)
         first = len(tokens) + sample.prompt_length - 1
         rows.extend(range(first, first + length))
         targets.extend(sample.token_ids[sample.prompt_length :])

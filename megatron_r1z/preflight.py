@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1z.config import AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, load_config, to_tree
+from megatron_r1z.config import AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
@@ -19,7 +19,7 @@ from megatron_r1z.grading.functions import check_reward_function
 from megatron_r1z.hf_files import locate_tensors
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
-from megatron_r1z.layout.topology import Topology
+from megatron_r1z.layout.topology import nearly_even
 from megatron_r1z.prompts import load_question_sets, load_tokenizer, make_template
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -106,6 +106,11 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
             f"the model scales its rotary frequencies by {shape.rope_scaling}; of these Megatron takes the factor only and has "
             f"{MEGATRON_ROPE_SCALING} for the rest."
         )
+    if config.optimizer.offload_to_host and not _has_cuda():
+        raise ConfigError(
+            "optimizer.offload_to_host moves optimizer state from a GPU to the host's memory, and this machine has no GPU; "
+            "set optimizer.offload_to_host=false."
+        )
     if config.optimizer.distributed and not _has_cuda():
         raise ConfigError(
             "optimizer.distributed keeps state that megatron-core cannot restore from a checkpoint without Transformer Engine or apex; "
@@ -121,14 +126,29 @@ def _check_weights(config: AnyConfig, shape: ModelShape) -> None:
             f"{config.model.path} is a mixture of {shape.num_experts} experts, and the policy is built for dense models only; "
             "`megatron-r1z plan` works with it, as do import and export of its weights."
         )
-    topology = Topology(parallel.num_ranks, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
-    megatron_layout(shape, topology, 1)
+    _check_layers(parallel, shape.num_layers)
+    megatron_layout(shape, parallel.topology, 1)
     if checkpoint is not None and kind_of(checkpoint) != "megatron":
         raise ConfigError(
             f"model.checkpoint {checkpoint} is not a complete checkpoint; name a folder such as runs/x/checkpoints/step_000050."
         )
     if checkpoint is None and not config.model.random_init:
         locate_tensors(config.model.path)
+
+
+def _check_layers(parallel: ParallelConfig, num_layers: int) -> None:
+    sizes, chunks = parallel.pipeline_layers, parallel.num_chunks
+    if sum(sizes) == num_layers or (not sizes and num_layers % chunks == 0):
+        return
+    if sizes:
+        wrong = f"parallel.pipeline_layers {list(sizes)} adds up to {sum(sizes)}, but the model has {num_layers} layers"
+    else:
+        wrong = f"the model's {num_layers} layers cannot be split evenly over {parallel.chunks_in_words}"
+    if num_layers < chunks:
+        remedy = f"lower parallel.pipeline_parallel_size or parallel.virtual_pipeline_size to at most {num_layers} chunks"
+    else:
+        remedy = f"set parallel.pipeline_layers, for example to {list(nearly_even(num_layers, chunks))}"
+    raise ConfigError(f"{wrong}; {remedy}.")
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

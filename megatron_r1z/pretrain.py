@@ -17,6 +17,7 @@ from megatron_r1z.metrics import RunLog, Stopwatch, update_metrics
 from megatron_r1z.objective import TokenLosses, likelihood_losses
 from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
+from megatron_r1z.skips import Skips
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import Sample, UpdateStats
 
@@ -52,19 +53,28 @@ class Pretraining:
 
 
 def pretrain(run: Pretraining) -> bool:
-    """Take the steps that are left; True when all are done, False when the run was asked to stop. The last step is in a checkpoint."""
-    watch = Stopwatch(run.log)
+    """Take the steps that are left; True when all are done, False when the run was asked to stop. The last step is in a checkpoint.
+
+    Raises:
+        TrainingError: `optimizer.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
+    """
+    watch, skips = Stopwatch(run.log), Skips(run.config.optimizer.max_skipped_steps)
     steps = run.config.corpus.steps
     saved = run.state if run.checkpoints.latest() else None
-    while run.state.step < steps and not ranks.any_rank(run.stop_flag.requested):
+    while run.state.step < steps and not skips.too_many and not ranks.any_rank(run.stop_flag.requested):
+        samples = make_samples(run, run.documents.draw(run.config.corpus.documents_per_step))
         with watch.phase("update"):
-            stats = run.policy.update(TrainBatch(make_batch(run, run.documents.draw(run.config.corpus.documents_per_step))))
+            stats = run.policy.update(TrainBatch(make_batch(run, samples)))
         run.state = PretrainState(run.state.step + 1, run.documents.to_state())
         _record(run, stats, watch)
+        warning = skips.count(run.state.step, stats, samples)
+        if warning is not None:
+            run.log.say(warning)
         if run.state.step % run.config.checkpoint.every == 0:
             saved = _save(run)
     if saved != run.state:
         _save(run)
+    skips.check(f"step {run.state.step}")
     return run.state.step == steps
 
 
@@ -73,12 +83,12 @@ def next_token_loss(logprobs_R: Tensor, _old_logprobs_R: Tensor, batch: MicroBat
     return likelihood_losses(logprobs_R, batch.weights_R)
 
 
-def make_batch(run: Pretraining, documents: list[Document]) -> GlobalBatch:
-    """One step over `documents`: every predicted token weighs 1, the denominator is their number over all ranks."""
+def make_samples(run: Pretraining, documents: list[Document]) -> list[Sample]:
+    """The documents of one step; a sample is called `<steps before>/<number within the step>`."""
     only_response = run.config.corpus.loss_on == "response"
-    samples = [
+    return [
         Sample(
-            sample_id=str(index),
+            sample_id=f"{run.state.step}/{index}",
             token_ids=document.token_ids,
             prompt_length=max(document.prompt_length if only_response else 0, 1),  # the first token has nothing to be predicted from
             advantage=1.0,
@@ -87,6 +97,10 @@ def make_batch(run: Pretraining, documents: list[Document]) -> GlobalBatch:
         )
         for index, document in enumerate(documents)
     ]
+
+
+def make_batch(run: Pretraining, samples: list[Sample]) -> GlobalBatch:
+    """One step: every predicted token weighs 1, the denominator is their number over all ranks."""
     return pack(
         samples,
         run.policy.packing_rules(),

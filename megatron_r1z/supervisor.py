@@ -44,6 +44,7 @@ _SUPERVISOR_VARIABLE = "R1Z_SUPERVISOR"  # process id of the supervisor, in the 
 _ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets the same one
 _POLL_S = 0.05
 _REPEAT_STOP_S = 2.0  # SIGINT is repeated: a rank that is still importing ignores it
+_DYING_S = 2.0  # a killed process loses its connections, which its peers notice, before it is seen to have ended
 _SECOND_SIGNAL_S = 1.0  # a signal this soon after the first is the same key press, come by another way
 _KILL_S = 10.0  # a killed process that is still there then waits in the kernel, which nobody can end
 _ABANDONED_S = 120.0
@@ -443,7 +444,8 @@ def _explain(rank: _Rank, traceback_kept: bool) -> _Failure:
         how += ", which is what the system sends when memory runs out" if rank.status == -signal.SIGKILL else ""
     else:
         how = f"ended with exit status {rank.status}"
-    return _Failure(rank.last_seen, f"rank {rank.number} {how}. {_GO_ON}")
+    when = rank.last_seen - (_DYING_S if rank.status == -signal.SIGKILL else 0)
+    return _Failure(when, f"rank {rank.number} {how}. {_GO_ON}")
 
 
 def _signal_name(number: int) -> str:

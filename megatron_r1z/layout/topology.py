@@ -157,7 +157,7 @@ class Topology:
             return sizes
         remedy = f"lower pp or vpp to at most {num_layers} chunks"
         if num_layers >= self.num_chunks:
-            example = _in_words(_nearly_even(num_layers, self.num_chunks))
+            example = _in_words(nearly_even(num_layers, self.num_chunks))
             remedy = f"set chunk_layers, for example {example} (typed as layers={example.replace(', ', ':').replace(' ', '')})"
         if self.chunk_layers:
             wrong = f"chunk_layers {_in_words(sizes)} adds up to {sum(sizes)}, but the model has {num_layers} layers"
@@ -166,7 +166,7 @@ class Topology:
         raise ConfigError(f"topology: {wrong}; {remedy}.")
 
 
-def _nearly_even(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+def nearly_even(num_layers: int, num_chunks: int) -> tuple[int, ...]:
     """Sizes that differ by at most one; the chunks at both ends, which hold embedding and output layer too, are the smaller ones."""
     size, num_larger = divmod(num_layers, num_chunks)
     first_larger = (num_chunks - num_larger) // 2

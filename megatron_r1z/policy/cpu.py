@@ -1,10 +1,12 @@
 """What megatron-core needs from `torch.cuda` on a machine that has none.
 
-Written for megatron-core 0.16.1 on torch 2.13 (`tests/unit/policy/test_cpu.py` fails when either moves what is relied on). Nothing of
-Megatron is changed. Two functions of `torch.cuda` get a CPU meaning, once per process:
+Written for megatron-core 0.16.1 and 0.19 on torch 2.13 (`tests/unit/policy/test_cpu.py` fails when either moves what is relied on).
+Nothing of Megatron is changed. A few names of `torch.cuda` get a CPU meaning, once per process:
 
 - `current_device()` is only used as a `device=` value, so it answers `cpu`;
-- `synchronize()` has nothing to wait for.
+- `synchronize()` has nothing to wait for, nor has `current_stream()` (megatron-core 0.19);
+- `random.get_rng_state()` and the queue of calls that wait for CUDA are for recomputed activations, which keep the generator's state and
+  put it back: there is none, and nothing draws from it, so the state is empty and such calls are dropped instead of piling up.
 
 Everything else is a `TorchFunctionMode`, a public torch hook, which answers for literal `device="cuda"` arguments, `Tensor.cuda()` and
 comparisons with `"torch.cuda.FloatTensor"`. The mode is thread-local, and vLLM's engine is built outside it, so it is a context around
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -31,11 +34,14 @@ def megatron_device() -> Iterator[None]:
 
 
 def prepare_process() -> None:
-    """Give `torch.cuda.current_device` and `synchronize` their CPU meaning; does nothing where CUDA is available."""
+    """Give `torch.cuda.current_device` and a few others their CPU meaning; does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
+    torch.cuda.current_stream = lambda *_args, **_kwargs: _NoStream()  # type: ignore[assignment]
+    torch.cuda.random.get_rng_state = lambda *_args, **_kwargs: torch.empty(0, dtype=torch.uint8)
+    torch.cuda._queued_calls = deque(maxlen=0)  # type: ignore[assignment]
 
 
 def release_free_memory() -> None:
@@ -49,6 +55,16 @@ def release_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
+
+
+class _NoStream:
+    """The stream of a CPU, where everything has happened when a call returns."""
+
+    def wait_stream(self, _stream: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, _event: object) -> None:
+        """Nothing to wait for."""
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -6,6 +6,7 @@ With Transformer Engine none of this is used. Numerics follow transformers' Llam
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +30,15 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
+SHORT = 64
+"""Sequences of at most so many tokens share a grid: longer ones take more time for filling than for a kernel call of their own (CPU)."""
+
+
 class PackedAttention(torch.nn.Module):
     """Causal attention within each of the packed sequences, by torch's scaled dot product attention.
 
-    The sequences are laid side by side in a [S, longest] grid, so that one kernel call serves all of them; causality keeps the filling
-    at the end of a row out of every real position.
+    One kernel call for each sequence, or, where all are short, a single one: then they are laid side by side in a [S, longest] grid, and
+    causality keeps the filling at the end of a row out of every real position.
     """
 
     def __init__(self, config: TransformerConfig, *_unused: Any, softmax_scale: float | None = None, **_more: Any) -> None:
@@ -44,17 +49,24 @@ class PackedAttention(torch.nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None = None, *, packed_seq_params: PackedSeqParams, **_unused: Any
     ) -> Tensor:
         """[T, heads, d], [T, kv heads, d], [T, kv heads, d] -> [T, heads * d]."""
-        grid = _grid(packed_seq_params)
-        attended = F.scaled_dot_product_attention(
-            _to_rows(query, grid),
-            _to_rows(key, grid),
-            _to_rows(value, grid),
-            is_causal=True,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        attend = self._in_a_grid if packed_seq_params.max_seqlen_q <= SHORT else self._one_by_one
+        return attend((query, key, value), packed_seq_params).reshape(query.shape[0], -1)
+
+    def _one_by_one(self, packed_3THD: Sequence[Tensor], packed: PackedSeqParams) -> Tensor:
+        lengths = packed.cu_seqlens_q.diff().tolist()
+        sequences = zip(*(torch.split(tensor, lengths) for tensor in packed_3THD), strict=True)
+        return torch.cat([self._attend([tensor[None].transpose(1, 2) for tensor in tensors])[0] for tensors in sequences])
+
+    def _in_a_grid(self, packed_3THD: Sequence[Tensor], packed: PackedSeqParams) -> Tensor:
+        grid = _grid(packed)
         sequence_T, offset_T, _ = grid
-        return attended.transpose(1, 2)[sequence_T, offset_T].reshape(query.shape[0], -1)
+        return self._attend([_to_rows(tensor, grid) for tensor in packed_3THD])[sequence_T, offset_T]
+
+    def _attend(self, rows_3SHLD: Sequence[Tensor]) -> Tensor:
+        """Query, key and value [S, heads, length, d] -> [S, length, heads, d]."""
+        query, key, value = rows_3SHLD
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped).transpose(1, 2)
 
 
 Grid = tuple[Tensor, Tensor, int]

@@ -7,6 +7,8 @@ and the [tokens, vocabulary] matrix never exists (`logprob.py`).
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -19,13 +21,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_r1z.config import ParallelConfig, PrecisionConfig
+from megatron_r1z.config import ParallelConfig, PrecisionConfig, Recompute
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.packing import MicroBatch
 from megatron_r1z.policy.local_layers import PackedAttention, RMSNorm
 from megatron_r1z.policy.logprob import vocab_parallel_logprobs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""In megatron-core's words. Its default for `selective` is attention, whose packed kernels keep no scores: there is little to gain."""
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
@@ -113,6 +121,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(parallel.pipeline_layers),
         sequence_parallel=parallel.sequence_parallel,
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
@@ -124,7 +133,18 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         bias_dropout_fusion=False,
         apply_rope_fusion=has_transformer_engine(),
         persist_layer_norm=False,
+        **RECOMPUTE[parallel.recompute],
     )
+
+
+def _pipeline_layout(chunk_layers: Sequence[int]) -> list[list[str]] | None:
+    """What each model chunk holds, in model order; None: layers are split evenly, embedding and output layer are at the ends."""
+    if not chunk_layers:
+        return None
+    chunks = [["decoder"] * count for count in chunk_layers]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def _build_chunk(shape: ModelShape, config: TransformerConfig, padded_vocab_size: int, vp_stage: int | None) -> PolicyModel:

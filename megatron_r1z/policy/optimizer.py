@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -30,7 +32,7 @@ def wrap_chunks(chunks: Sequence[PolicyModel], config: OptimizerConfig) -> list[
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig) -> MegatronOptimizer:
-    """AdamW with float32 master weights; it clips by the global gradient norm and skips a step whose gradient is not finite."""
+    """AdamW with float32 master weights; it clips by the global gradient norm and does not decay vectors, which are biases and norms."""
     dtype: torch.dtype = chunks[0].config.params_dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -45,9 +47,23 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
+            optimizer_cpu_offload=config.offload_to_host,
+            optimizer_offload_fraction=float(config.offload_to_host),
+            use_precision_aware_optimizer=config.offload_to_host,  # whose code path Megatron's offload takes
         ),
         list(chunks),
     )
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global norm of the accumulated gradient, the same on every rank; not finite where an element is not.
+
+    Megatron looks for such elements only where it scales the loss (fp16): elsewhere its step would write them into the weights.
+    """
+    optimizer.prepare_grads()
+    norm = torch.tensor(float(optimizer.get_grad_norm()), dtype=torch.float64).nan_to_num(nan=math.inf)  # a maximum may lose a nan
+    dist.all_reduce(norm, op=dist.ReduceOp.MAX)
+    return norm.item()
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:

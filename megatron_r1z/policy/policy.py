@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,11 +14,11 @@ from torch import Tensor
 from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules
+from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules, SampleCost
 from megatron_r1z.policy import step
 from megatron_r1z.policy.cpu import megatron_device, release_free_memory
 from megatron_r1z.policy.model import build_chunks
-from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, wrap_chunks
+from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_chunks
 from megatron_r1z.types import UpdateStats
 
 
@@ -98,6 +99,7 @@ class MegatronPolicy:
             micro_batches_multiple=self.topology.pp if self.topology.vpp > 1 else 1,
             equal_micro_batches=self.topology.pp > 1,
             pad_sequences=parallel.pad_sequences,
+            cost=SampleCost.of_model(self.shape),
         )
 
     @megatron_device()
@@ -113,29 +115,19 @@ class MegatronPolicy:
 
     @megatron_device()
     def update(self, train_batch: TrainBatch) -> UpdateStats:
-        """One optimizer step."""
+        """One optimizer step; weights, moments and schedule stay as they are where loss or gradient is not finite."""
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = step.forward_backward(self.model, train_batch.work(), self._loss)
+        figures = step.forward_backward(self.model, train_batch.work(), self._loss)
         learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        succeeded, grad_norm, _zeros = self.optimizer.step()
-        if succeeded:
+        grad_norm = gradient_norm(self.optimizer)
+        is_finite = math.isfinite(figures.sums.loss) and math.isfinite(grad_norm)
+        if is_finite:
+            self.optimizer.step()
             self.schedule.step(increment=1)
         release_free_memory()
-        tokens = max(sums.tokens, 1.0)
-        return UpdateStats(
-            loss=sums.loss / train_batch.batch.denominator,
-            grad_norm=float(grad_norm),
-            learning_rate=float(learning_rate or 0.0),
-            clip_fraction=sums.clipped / tokens,
-            ratio_max=sums.ratio_max,
-            entropy=sums.entropy / tokens,
-            mismatch_mean=sums.mismatch / tokens,
-            mismatch_max=sums.mismatch_max,
-            num_tokens=int(sums.tokens),
-            skipped=not succeeded,
-        )
+        return _stats(figures, train_batch.batch.denominator, grad_norm, float(learning_rate or 0.0), skipped=not is_finite)
 
     @megatron_device()
     def sharded_weights(self) -> dict[str, Any]:
@@ -166,3 +158,27 @@ class MegatronPolicy:
         for group in self.optimizer.param_groups:
             group |= {"max_lr": config.lr, "min_lr": config.min_lr, "betas": config.betas, "eps": config.eps}
         self.schedule.load_state_dict(state["schedule"])
+
+
+def _stats(figures: step.StepFigures, denominator: int, grad_norm: float, learning_rate: float, *, skipped: bool) -> UpdateStats:
+    """Sums to means over response tokens."""
+    sums = figures.sums
+    tokens = max(sums.tokens, 1.0)
+    return UpdateStats(
+        loss=sums.loss / denominator,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        clip_fraction=sums.clipped / tokens,
+        clipped_high=sums.clipped_high / tokens,
+        clipped_low=sums.clipped_low / tokens,
+        ratio_mean=sums.ratio / tokens,
+        ratio_max=figures.ratio_max,
+        entropy=sums.entropy / tokens,
+        sampler_kl=sums.sampler_kl / tokens,
+        mismatch_mean=sums.mismatch / tokens,
+        mismatch_p999=figures.mismatch_p999,
+        mismatch_max=figures.mismatch_max,
+        num_tokens=int(sums.tokens),
+        skipped=skipped,
+        non_finite=figures.non_finite,
+    )

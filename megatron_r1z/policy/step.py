@@ -7,6 +7,7 @@ the D of `objective.py`. There is no other division.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_r1z.objective import TokenLosses
+from megatron_r1z.objective import TokenLosses, kl_terms
 from megatron_r1z.packing import MicroBatch
 from megatron_r1z.policy.parallel import device
 
@@ -58,66 +59,144 @@ def response_logprobs(model: Model, batches: Sequence[MicroBatch]) -> list[Tenso
     return list(outputs) if outputs else [None] * len(batches)
 
 
-def forward_backward(model: Model, work: Sequence[Work], loss: Loss) -> StepSums:
+def forward_backward(model: Model, work: Sequence[Work], loss: Loss) -> StepFigures:
     """Accumulate the gradient of one step; returns its figures, reduced over all ranks."""
 
-    def bind(item: Work) -> Callable[[Tensor], tuple[Tensor, Tensor, StepSums]]:
+    def bind(item: Work) -> Callable[[Tensor], tuple[Tensor, Tensor, Tallies]]:
         return functools.partial(_micro_batch_loss, loss, item)
 
     return _reduce(_run_schedule(model, work, bind, forward_only=False))
 
 
 @dataclass(frozen=True)
-class StepSums:
-    """Sums and maxima over response tokens; float64 so that the order of micro-batches does not show."""
+class Sums:
+    """Added up over response tokens, micro-batches and ranks."""
 
-    loss: float = 0.0
-    clipped: float = 0.0
-    entropy: float = 0.0
-    mismatch: float = 0.0
-    tokens: float = 0.0
-    ratio_max: float = 0.0
-    mismatch_max: float = 0.0
+    loss: float
+    tokens: float
+    ratio: float
+    clipped: float
+    clipped_high: float
+    """Tokens with a positive advantage whose ratio is above the range."""
+    clipped_low: float
+    """Tokens with a negative advantage whose ratio is below the range."""
+    entropy: float
+    sampler_kl: float
+    mismatch: float
 
 
-MAXIMA = ("ratio_max", "mismatch_max")
+@dataclass(frozen=True)
+class StepFigures:
+    """The figures of one step, the same on every rank."""
+
+    sums: Sums
+    ratio_max: float
+    mismatch_max: float
+    mismatch_p999: float
+    non_finite: tuple[tuple[int, ...], ...]
+    """Token ids of the samples whose loss was not finite."""
 
 
-def _micro_batch_loss(loss: Loss, work: Work, output_2R: Tensor) -> tuple[Tensor, Tensor, StepSums]:
+@dataclass(frozen=True)
+class Tallies:
+    """What a micro-batch adds to the figures, left on its device so that nothing waits for it before the end of the step."""
+
+    batch: MicroBatch
+    sums: Tensor
+    """The fields of `Sums`; float64 so that the order of micro-batches does not show."""
+    losses_R: Tensor
+    ratio_R: Tensor
+    mismatch_R: Tensor
+
+
+def _micro_batch_loss(loss: Loss, work: Work, output_2R: Tensor) -> tuple[Tensor, Tensor, Tallies]:
     """Megatron's triple: the summed loss, this micro-batch's part of the denominator, and the figures."""
     logprobs, entropy = output_2R[0], output_2R[1].detach()
     old = logprobs.detach() if work.old_logprobs_R is None else work.old_logprobs_R
     terms = loss(logprobs, old, work.batch)
     total = terms.losses_R.sum()
     denominator = torch.tensor(work.batch.denominator, dtype=torch.int, device=total.device)
-    return total, denominator, _sums(total, terms, entropy, (work.batch.engine_logprobs_R - old).abs())
+    return total, denominator, _tally(work.batch, terms, entropy, logprobs.detach(), old)
 
 
-def _sums(total: Tensor, terms: TokenLosses, entropy: Tensor, mismatch: Tensor) -> StepSums:
-    if not entropy.numel():
-        return StepSums()
-    return StepSums(
-        loss=total.detach().double().item(),
-        clipped=terms.clipped_R.double().sum().item(),
-        entropy=entropy.double().sum().item(),
-        mismatch=mismatch.double().sum().item(),
-        tokens=float(entropy.numel()),
-        ratio_max=terms.ratio_R.max().item(),
-        mismatch_max=mismatch.max().item(),
+def _tally(batch: MicroBatch, terms: TokenLosses, entropy_R: Tensor, logprobs_R: Tensor, old_logprobs_R: Tensor) -> Tallies:
+    losses = terms.losses_R.detach()
+    mismatch = (batch.engine_logprobs_R - old_logprobs_R).abs()
+    by_name = {
+        "loss": losses,
+        "tokens": torch.ones_like(losses),
+        "ratio": terms.ratio_R,
+        "clipped": terms.clipped_R,
+        "clipped_high": terms.clipped_R & (batch.advantages_R > 0),
+        "clipped_low": terms.clipped_R & (batch.advantages_R < 0),
+        "entropy": entropy_R,
+        "sampler_kl": kl_terms(logprobs_R, batch.engine_logprobs_R),
+        "mismatch": mismatch,
+    }
+    sums = torch.stack([by_name[field.name].double().sum() for field in fields(Sums)])
+    return Tallies(batch, sums, losses, terms.ratio_R, mismatch)
+
+
+def _reduce(parts: Sequence[Tallies]) -> StepFigures:
+    """Over micro-batches and ranks. Only the first tensor-parallel rank of the last stage counts: the others hold nothing or the same."""
+    counted = parts if parallel_state.get_tensor_model_parallel_rank() == 0 else []
+    where = device()
+    totals = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=where)
+    for part in counted:
+        totals += part.sums
+    dist.all_reduce(totals)
+    sums = Sums(*totals.tolist())
+    nothing = torch.zeros(0, device=where)
+    ratio = torch.cat([nothing, *(part.ratio_R for part in counted)])
+    mismatch = torch.cat([nothing, *(part.mismatch_R for part in counted)])
+    tail = largest_values(mismatch, tail_size(round(sums.tokens)))
+    return StepFigures(
+        sums=sums,
+        ratio_max=largest_values(ratio, 1)[0].item(),
+        mismatch_max=tail[0].item(),
+        mismatch_p999=tail[-1].item(),
+        non_finite=() if math.isfinite(sums.loss) else _non_finite_samples(counted),
     )
 
 
-def _reduce(parts: Sequence[StepSums]) -> StepSums:
-    """Over micro-batches and ranks. Only the first tensor-parallel rank of the last stage counts: the others hold nothing or the same."""
-    counted = parts if parallel_state.get_tensor_model_parallel_rank() == 0 else []
-    names = [field.name for field in fields(StepSums)]
-    added = [sum(getattr(part, name) for part in counted) for name in names if name not in MAXIMA]
-    largest = [max((getattr(part, name) for part in counted), default=0.0) for name in MAXIMA]
-    sums = torch.tensor(added, dtype=torch.float64, device=device())
-    maxima = torch.tensor(largest, dtype=torch.float64, device=device())
-    dist.all_reduce(sums)
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    return StepSums(*sums.tolist(), *maxima.tolist())
+def tail_size(num_tokens: int) -> int:
+    """How many of the largest values it takes to see the 99.9th percentile of so many: it is the smallest of them.
+
+    The percentile is the smallest value that at least 99.9 % of all values do not exceed; below 1000 values it is the largest.
+
+    >>> tail_size(120), tail_size(1000), tail_size(1_000_000)
+    (1, 2, 1001)
+    """
+    return num_tokens // 1000 + 1
+
+
+def largest_values(values: Tensor, count: int) -> Tensor:
+    """The `count` largest values of all ranks, largest first; a rank sends no more than that many. 0 stands in for values that lack."""
+    mine = torch.zeros(count, device=values.device)
+    found = values.topk(min(count, values.numel())).values
+    mine[: found.numel()] = found
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.cat(everyone).topk(count).values
+
+
+def _non_finite_samples(parts: Sequence[Tallies]) -> tuple[tuple[int, ...], ...]:
+    """Over all ranks; only called where every rank knows that the loss is not finite."""
+    mine = [tokens for part in parts for tokens in non_finite_sequences(part.batch, part.losses_R)]
+    everyone: list[list[tuple[int, ...]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return tuple(tokens for found in everyone for tokens in found)
+
+
+def non_finite_sequences(batch: MicroBatch, losses_R: Tensor) -> list[tuple[int, ...]]:
+    """Token ids, without padding, of each sequence of which a token's loss is not finite."""
+    ends, rows = batch.cu_seqlens_S1[1:], batch.rows_R
+    sequence_R = torch.searchsorted(ends, rows.to(ends.dtype), right=True)
+    found = []
+    for index in sorted(set(sequence_R[~losses_R.isfinite()].tolist())):
+        last = rows[sequence_R == index].max() + 1  # a row predicts the token after it
+        found.append(tuple(batch.token_ids_T[batch.cu_seqlens_S1[index] : last + 1].tolist()))
+    return found
 
 
 def _run_schedule(model: Model, work: Sequence[Work], bind: Callable[[Work], Any], *, forward_only: bool) -> list[Any]:

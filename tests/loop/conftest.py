@@ -29,6 +29,10 @@ ENVIRONMENT = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--invariance", metavar="FILE", help="write the table of test_layouts.py as a page (make invariance)")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended and what it left behind."""

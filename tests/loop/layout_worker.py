@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -49,16 +52,18 @@ def main(folder: Path) -> None:
 
 
 def topology_of(task: dict) -> Topology:
-    sizes = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp", "virtual_pipeline_size": "vpp"}
-    chosen = {short: task["parallel"].get(name, 1) for name, short in sizes.items()}
-    return Topology(dist.get_world_size(), **chosen)
+    return parallel_of(task).topology
+
+
+def parallel_of(task: dict) -> ParallelConfig:
+    return ParallelConfig(num_ranks=dist.get_world_size(), **task["parallel"])
 
 
 def take_steps(task: dict, topology: Topology) -> dict:
     """Load the weights, compute log-probs, take two optimizer steps on the same batch, collect the new weights."""
     settings = Settings(
         ModelConfig(path=task["model"]),
-        ParallelConfig(num_ranks=topology.num_ranks, **task["parallel"]),
+        parallel_of(task),
         PrecisionConfig(policy=task["precision"]),
     )
     optimizer = OptimizerConfig(lr=task["lr"], clip_grad=task["max_norm"], distributed=task["distributed"])
@@ -81,17 +86,54 @@ def take_steps(task: dict, topology: Topology) -> dict:
     logprobs = policy.response_logprobs(batch.micro_batches)
     is_last_stage = logprobs[0] is not None
     old = tuple(shifted(item, task["shift_V"]) if is_last_stage else None for item in batch.micro_batches)
-    stats = [policy.update(TrainBatch(batch, old)) for _ in range(2)]
+    sampled = dataclasses.replace(batch, micro_batches=tuple(off_engine(item, task["engine_shift_V"]) for item in batch.micro_batches))
+    kept = Kept(policy.parameters().values())
+    with kept.counted() if task["measures_memory"] else nullcontext():
+        stats = [policy.update(TrainBatch(sampled, old)) for _ in range(2)]
     return {
         "logprob_error": largest_difference(logprobs, batch.micro_batches),
         "steps": [dataclasses.asdict(item) for item in stats],
         "weights": gather(layout, policy.parameters(), shape),
         "micro_batches": len(batch.micro_batches),
+        "kept_bytes": kept.most,
     }
 
 
 def shifted(batch: MicroBatch, shift_V: Tensor) -> Tensor:
     return batch.engine_logprobs_R + shift_V[batch.targets_R]
+
+
+def off_engine(batch: MicroBatch, shift_V: Tensor) -> MicroBatch:
+    return dataclasses.replace(batch, engine_logprobs_R=batch.engine_logprobs_R + shift_V[batch.targets_R])
+
+
+class Kept:
+    """Memory that autograd holds for the backward pass: now, and at most so far. Weights are there anyway."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._holders: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def counted(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda box: box[0])
+
+    def _pack(self, tensor: Tensor) -> Box:
+        box, storage = Box([tensor]), tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self._hold(storage.data_ptr(), storage.nbytes(), 1)
+            weakref.finalize(box, self._hold, storage.data_ptr(), storage.nbytes(), -1)
+        return box
+
+    def _hold(self, pointer: int, nbytes: int, change: int) -> None:
+        before = self._holders.get(pointer, 0)
+        self._holders[pointer] = before + change
+        self.now += nbytes * ((before + change > 0) - (before > 0))
+        self.most = max(self.most, self.now)
+
+
+class Box(list):
+    """A list that can be referred to weakly."""
 
 
 def largest_difference(logprobs: list[Tensor | None], batches: tuple[MicroBatch, ...]) -> float:

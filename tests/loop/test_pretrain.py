@@ -19,6 +19,7 @@ LAYOUTS = {
     "dp2": ("parallel.num_ranks=2",),
     "tp2": ("parallel.num_ranks=2", "parallel.tensor_parallel_size=2"),
     "pp2": ("parallel.num_ranks=2", "parallel.pipeline_parallel_size=2"),
+    "pp2-uneven": ("parallel.num_ranks=2", "parallel.pipeline_parallel_size=2", "parallel.pipeline_layers=[1, 3]"),
 }
 
 
@@ -66,12 +67,21 @@ def test_loss_falls(runs: dict[str, Path]) -> None:
     assert rows[-1]["pretrain/loss"] < 0.6 * rows[0]["pretrain/loss"]
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2", "pp2"])
+@pytest.mark.parametrize("name", ["dp2", "tp2", "pp2", "pp2-uneven"])
 def test_every_layout_has_the_same_loss_curve(runs: dict[str, Path], name: str) -> None:
     for quantity in ("loss", "grad_norm", "entropy_nats", "trained_tokens", "learning_rate"):
         expected, found = ([row[f"pretrain/{quantity}"] for row in rows_of(runs[layout])] for layout in ("one-rank", name))
         print("differences", name, quantity, max(abs(mine - other) for mine, other in zip(found, expected, strict=True)))
         assert found == pytest.approx(expected, rel=1e-5 if quantity == "loss" else 1e-4)
+
+
+def test_a_checkpoint_of_uneven_stages_is_read_by_a_rank_that_has_all_layers(runs: dict[str, Path], cli: Any, tmp_path: Path) -> None:
+    folder = runs["pp2-uneven"]
+    outcome = cli.run("convert", str(folder / "checkpoints" / f"step_{STEPS:06d}"), str(tmp_path / "hf"))
+    assert outcome.status == 0, outcome.stderr
+    found, expected = load_file(tmp_path / "hf" / "model.safetensors"), weights_of(folder)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_interrupt_ends_with_130_after_a_checkpoint(resumed: tuple[Path, Any, Any]) -> None:
@@ -86,3 +96,18 @@ def test_resumed_run_is_an_unbroken_one(runs: dict[str, Path], resumed: tuple[Pa
     assert rows_of(resumed[0]) == rows_of(runs["tp2"])
     found = weights_of(resumed[0])
     assert all(torch.equal(found[name], tensor) for name, tensor in weights_of(runs["tp2"]).items())
+
+
+def test_weights_out_of_range_end_the_run_at_the_steps_that_were_skipped(arguments: list[str], cli: Any, tmp_path: Path) -> None:
+    """The first step makes them so large that no loss is finite after it."""
+    outcome = cli.run(
+        "pretrain", *arguments, *LAYOUTS["tp2"], "optimizer.lr=1e30", "optimizer.warmup_steps=0", f"logging.folder={tmp_path}"
+    )
+    assert outcome.status == 1
+    (sentence,) = outcome.stderr.splitlines()
+    assert "3 optimizer steps in a row were skipped, the last of them optimizer step 4: the loss was not finite for " in sentence
+    assert "of 32 samples (3/" in sentence
+    assert "; step 4 is in the newest checkpoint" in sentence
+    assert [row["pretrain/skipped_steps"] for row in rows_of(tmp_path)] == [0.0, 1.0, 1.0, 1.0]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000004"
+    assert outcome.processes == outcome.segments == []

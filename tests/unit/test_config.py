@@ -26,6 +26,7 @@ from megatron_r1z.config import (
     to_tree,
 )
 from megatron_r1z.errors import ConfigError
+from megatron_r1z.layout.topology import Topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -98,6 +99,13 @@ def test_the_configurations_of_the_repository_are_accepted(path: Path) -> None:
     kind: Any = PretrainConfig if "corpus" in sections else TrainConfig if "algorithm" in sections else EvaluateConfig
     config = load_config(kind, path)
     assert make_config(kind, yaml.safe_load(dump_config(config))) == config
+
+
+def test_the_topology_is_that_of_the_layouts(tmp_path: Path) -> None:
+    config = train(tmp_path, "parallel.num_ranks=8", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2")
+    assert config.parallel.topology == Topology(8, tp=2, pp=2)
+    uneven = dataclasses.replace(config.parallel, virtual_pipeline_size=2, pipeline_layers=(1, 2, 2, 1))
+    assert uneven.topology == Topology(8, tp=2, pp=2, vpp=2, chunk_layers=(1, 2, 2, 1))
 
 
 def test_records_are_frozen(tmp_path: Path) -> None:
@@ -232,6 +240,27 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
             "parallel: 6 ranks cannot be split into tensor_parallel_size 2 x pipeline_parallel_size 2; make num_ranks a multiple of 4.",
         ),
         (["parallel.virtual_pipeline_size=2"], "parallel: virtual_pipeline_size > 1 needs pipeline_parallel_size > 1."),
+        (
+            [
+                "parallel.num_ranks=2",
+                "parallel.pipeline_parallel_size=2",
+                "parallel.virtual_pipeline_size=2",
+                "parallel.pipeline_layers=[3, 5]",
+            ],
+            "parallel.pipeline_layers is [3, 5]; it must give each of the 4 model chunks "
+            "(pipeline_parallel_size 2 x virtual_pipeline_size 2) at least one layer.",
+        ),
+        (
+            ["parallel.num_ranks=2", "parallel.pipeline_parallel_size=2", "parallel.pipeline_layers=[8, 0]"],
+            "parallel.pipeline_layers is [8, 0]; it must give each of the 2 model chunks "
+            "(pipeline_parallel_size 2 x virtual_pipeline_size 1) at least one layer.",
+        ),
+        (["parallel.recompute=all"], "parallel.recompute is 'all'; it must be one of none, selective, full."),
+        (["optimizer.max_skipped_steps=0"], "optimizer.max_skipped_steps is 0; it must be above 0."),
+        (
+            ["optimizer.offload_to_host=true"],
+            "optimizer.offload_to_host is a part of Megatron's distributed optimizer; set optimizer.distributed=true too.",
+        ),
         (["parallel.sequence_parallel=true"], "parallel: sequence_parallel needs tensor_parallel_size > 1."),
         (["parallel.num_ranks=0"], "parallel.num_ranks is 0; it must be above 0."),
         (["data.train.0.weight=0"], "data: weight of questions.jsonl is 0.0; it must be above 0."),

@@ -53,7 +53,23 @@ RIGHT, WRONG, CUT = VerdictKind.CORRECT, VerdictKind.WRONG, VerdictKind.TRUNCATE
 MIXED = graded(0, (4, 1.0, RIGHT), (10, 0.0, WRONG), (16, 0.0, CUT), (6, 1.0, RIGHT))
 ALL_RIGHT = graded(1, (2, 1.0, RIGHT), (2, 1.0, RIGHT))
 ALL_WRONG = graded(2, (8, 0.0, WRONG), (8, 0.0, CUT))
-STATS = UpdateStats(0.5, 2.0, 1e-6, 0.25, 1.5, 3.0, 1e-4, 1e-2, 120, skipped=True)
+STATS = UpdateStats(
+    loss=0.5,
+    grad_norm=2.0,
+    learning_rate=1e-6,
+    clip_fraction=0.25,
+    clipped_high=0.15,
+    clipped_low=0.1,
+    ratio_mean=1.02,
+    ratio_max=1.5,
+    entropy=3.0,
+    sampler_kl=2e-3,
+    mismatch_mean=1e-4,
+    mismatch_p999=5e-3,
+    mismatch_max=1e-2,
+    num_tokens=120,
+    skipped=True,
+)
 
 
 def test_rollout_metrics() -> None:
@@ -90,6 +106,8 @@ def test_update_and_refit_metrics() -> None:
     assert metrics["update/grad_norm"] == 2.0
     assert metrics["update/skipped_steps"] == 1.0
     assert metrics["update/trained_tokens"] == 120.0
+    assert metrics["update/clipped_high_share"] + metrics["update/clipped_low_share"] == metrics["update/clip_fraction"]
+    assert metrics["update/mismatch_mean_nats"] < metrics["update/mismatch_p999_nats"] < metrics["update/mismatch_max_nats"]
     assert len(set(metrics.values())) == len(metrics), "each figure has its own value, so none is written under two names"
     assert refit_metrics(RefitReceipt(3, 4096, 0.5, (0.2, 0.3), ())) == {"refit/bytes": 4096.0, "refit/seconds_s": 0.5}
 

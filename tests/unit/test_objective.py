@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_r1z.objective import OBJECTIVES, clipped_losses, likelihood_losses
+from megatron_r1z.objective import OBJECTIVES, clipped_losses, kl_terms, likelihood_losses
 
 REWARDS = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=2, max_size=16)
 
@@ -214,3 +214,20 @@ def test_likelihood_losses_are_the_weighted_negative_logprobs(seed: int) -> None
     assert torch.equal(torch.autograd.grad(terms.losses_R.sum(), logprobs)[0], -weights)
     assert torch.equal(terms.ratio_R, torch.ones(7))
     assert not terms.clipped_R.any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------- divergence
+
+
+@given(seed=st.integers(0, 99), scale=st.floats(0.01, 3))
+def test_the_divergence_is_estimated_without_bias_and_never_below_zero(seed: int, scale: float) -> None:
+    """Over a whole vocabulary the expectation is a sum: that of the terms is KL(engine || policy)."""
+    generator = torch.Generator().manual_seed(seed)
+    engine, policy = (torch.log_softmax(scale * torch.randn(50, generator=generator, dtype=torch.float64), -1) for _ in range(2))
+    terms = kl_terms(policy, engine)
+    assert (terms >= 0).all()
+    assert (engine.exp() * terms).sum().item() == pytest.approx((engine.exp() * (engine - policy)).sum().item(), rel=1e-9, abs=1e-12)
+
+
+def test_the_divergence_of_nearly_equal_log_probs_is_not_lost_to_rounding() -> None:
+    assert kl_terms(torch.tensor([-1.0]), torch.tensor([-1.0 - 2**-20])).item() == pytest.approx(2**-41, rel=1e-6)

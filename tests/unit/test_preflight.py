@@ -102,8 +102,25 @@ def test_the_policy_cannot_split_key_value_heads(folder: Path) -> None:
 
 
 def test_the_layers_cannot_be_split(folder: Path) -> None:
-    sentence = refusal(folder, parallel={"num_ranks": 2, "pipeline_parallel_size": 2})
-    assert "3 layers cannot be split evenly over pp 2" in sentence
+    parallel = {"num_ranks": 2, "pipeline_parallel_size": 2}
+    chunks = "2 model chunks (pipeline_parallel_size 2 x virtual_pipeline_size 1)"
+    assert refusal(folder, parallel=parallel) == (
+        f"the model's 3 layers cannot be split evenly over {chunks}; set parallel.pipeline_layers, for example to [2, 1]."
+    )
+    assert refusal(folder, parallel=parallel | {"pipeline_layers": [2, 2]}) == (
+        "parallel.pipeline_layers [2, 2] adds up to 4, but the model has 3 layers; set parallel.pipeline_layers, for example to [2, 1]."
+    )
+    check_train(train_config(folder, parallel=parallel | {"pipeline_layers": [1, 2]}))
+
+
+def test_there_are_more_chunks_than_layers(folder: Path) -> None:
+    sentence = refusal(folder, parallel={"num_ranks": 2, "pipeline_parallel_size": 2, "virtual_pipeline_size": 2})
+    assert sentence.endswith("; lower parallel.pipeline_parallel_size or parallel.virtual_pipeline_size to at most 3 chunks.")
+
+
+def test_there_is_no_gpu_to_offload_from(folder: Path) -> None:
+    sentence = refusal(folder, optimizer={"distributed": True, "offload_to_host": True})
+    assert sentence.endswith("this machine has no GPU; set optimizer.offload_to_host=false.")
 
 
 def test_the_engine_cannot_be_split(folder: Path) -> None:

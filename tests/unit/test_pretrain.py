@@ -18,7 +18,7 @@ pytest.importorskip("megatron.core")
 from megatron_r1z.corpus import Document
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.packing import PackingRules
-from megatron_r1z.pretrain import make_batch, next_token_loss
+from megatron_r1z.pretrain import make_batch, make_samples, next_token_loss
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +45,8 @@ def test_every_token_that_something_precedes_is_predicted_once_with_weight_one(l
     documents = [
         Document(tuple(range(100 * index + 1, 100 * index + 1 + prompt + rest)), prompt) for index, (prompt, rest) in enumerate(lengths)
     ]
-    batch = make_batch(make_run(loss_on), documents)
+    run = make_run(loss_on)
+    batch = make_batch(run, make_samples(run, documents))
     first = [max(document.prompt_length, 1) if loss_on == "response" else 1 for document in documents]
     expected = Counter(token for document, start in zip(documents, first, strict=True) for token in document.token_ids[start:])
     assert Counter(token for item in batch.micro_batches for token in item.targets_R.tolist()) == expected
@@ -56,7 +57,8 @@ def test_every_token_that_something_precedes_is_predicted_once_with_weight_one(l
 
 
 def test_the_loss_of_a_step_is_the_mean_negative_logprob() -> None:
-    batch = make_batch(make_run("all"), [Document((1, 2, 3, 4), 0), Document((5, 6), 0)])
+    run = make_run("all")
+    batch = make_batch(run, make_samples(run, [Document((1, 2, 3, 4), 0), Document((5, 6), 0)]))
     (item,) = batch.micro_batches
     logprobs = torch.tensor([-1.0, -2.0, -3.0, -6.0])
     assert next_token_loss(logprobs, torch.zeros(4), item).losses_R.sum().item() / batch.denominator == pytest.approx(3.0)

@@ -16,16 +16,20 @@ if torch.version.cuda is not None:
     pytest.skip("the stand-in is for builds of torch without CUDA", allow_module_level=True)
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import random
 
 from megatron_r1z import checkpoint
 from megatron_r1z.policy.cpu import megatron_device, prepare_process
+
+REPLACED = ("current_device", "synchronize", "current_stream", "_queued_calls")
 
 
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process after `prepare_process`, for the length of a test."""
-    for name in ("current_device", "synchronize"):
+    for name in REPLACED:
         monkeypatch.setattr(torch.cuda, name, getattr(torch.cuda, name))
+    monkeypatch.setattr(torch.cuda.random, "get_rng_state", torch.cuda.random.get_rng_state)
     prepare_process()
 
 
@@ -43,9 +47,13 @@ def test_versions() -> None:
 
 def test_the_replaced_functions_exist_and_fail_without_cuda() -> None:
     """Where they work by themselves there is nothing to replace any more."""
-    for name in ("current_device", "synchronize"):
+    for function in (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.random.get_rng_state):
         with pytest.raises((RuntimeError, AssertionError)):
-            getattr(torch.cuda, name)()
+            function()
+    before = len(torch.cuda._queued_calls)
+    random._set_cuda_rng_state(torch.empty(0, dtype=torch.uint8))
+    assert len(torch.cuda._queued_calls) == before + 1
+    torch.cuda._queued_calls.pop()
 
 
 @pytest.mark.usefixtures("prepared")
@@ -53,15 +61,36 @@ def test_the_replaced_functions_mean_the_cpu() -> None:
     assert torch.empty(2, device=torch.cuda.current_device()).device.type == "cpu"
     assert torch.cuda.synchronize() is None
     assert torch.cuda.synchronize(torch.device("cpu")) is None
+    stream: Any = torch.cuda.current_stream()
+    assert stream.wait_stream(stream) is stream.wait_event(None) is None
 
 
 def test_the_rest_of_torch_cuda_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = dict(vars(torch.cuda))
-    for name in ("current_device", "synchronize"):
+    before, before_random = dict(vars(torch.cuda)), dict(vars(torch.cuda.random))
+    for name in REPLACED:
         monkeypatch.setattr(torch.cuda, name, before[name])
+    monkeypatch.setattr(torch.cuda.random, "get_rng_state", before_random["get_rng_state"])
     prepare_process()
-    changed = {name for name, value in vars(torch.cuda).items() if before.get(name) is not value}
-    assert changed == {"current_device", "synchronize"}
+    assert {name for name, value in vars(torch.cuda).items() if before.get(name) is not value} == set(REPLACED)
+    assert {name for name, value in vars(torch.cuda.random).items() if before_random.get(name) is not value} == {"get_rng_state"}
+
+
+@pytest.mark.usefixtures("prepared")
+def test_recomputed_activations_keep_and_put_back_the_state_of_no_generator() -> None:
+    """Megatron's checkpoint function, which runs the function again in the backward pass; nothing waits for a CUDA that never comes."""
+    calls = []
+
+    def square(values: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return values**2
+
+    random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    values = torch.tensor([1.0, 3.0], requires_grad=True)
+    with megatron_device():
+        random.checkpoint(square, False, values).sum().backward()
+    assert calls == [False, True]
+    assert torch.equal(values.grad, torch.tensor([2.0, 6.0]))
+    assert len(torch.cuda._queued_calls) == 0
 
 
 def test_with_cuda_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

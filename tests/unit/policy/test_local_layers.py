@@ -17,6 +17,7 @@ pytest.importorskip("megatron.core")
 
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_r1z.policy import local_layers
 from megatron_r1z.policy.local_layers import PackedAttention, RMSNorm
 
 HEAD_DIM = 6
@@ -54,11 +55,17 @@ def make_inputs(seed: int, lengths: list[int], heads: int, kv_heads: int) -> lis
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
     scale=st.sampled_from([None, 0.3]),
+    short=st.sampled_from([0, 5, local_layers.SHORT]),
 )
-def test_packed_attention_is_attention_of_each_sequence(seed: int, lengths: list[int], heads: tuple[int, int], scale: float | None) -> None:
+def test_packed_attention_is_attention_of_each_sequence(
+    seed: int, lengths: list[int], heads: tuple[int, int], scale: float | None, short: int
+) -> None:
+    """In a grid, one by one, and whichever of the two its longest sequence asks for."""
     inputs = make_inputs(seed, lengths, *heads)
     layer = PackedAttention(SimpleNamespace(kv_channels=HEAD_DIM), softmax_scale=scale)  # type: ignore[arg-type]
-    found = layer(*inputs, None, packed_seq_params=pack(lengths))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_layers, "SHORT", short)
+        found = layer(*inputs, None, packed_seq_params=pack(lengths))
     boundaries = pairwise(torch.tensor([0, *lengths]).cumsum(0).tolist())
     expected = torch.cat([textbook(*(item[start:end] for item in inputs), scale or 1 / math.sqrt(HEAD_DIM)) for start, end in boundaries])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -1,7 +1,8 @@
-"""Log-probs from hidden states against the full matrix of logits in float64."""
+"""Log-probs from hidden states against log-softmax of the full matrix of logits in float64."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,34 +12,47 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_r1z.policy.logprob import vocab_parallel_logprobs
+from megatron_r1z.policy.logprob import tile_shape, vocab_parallel_logprobs
 
 HIDDEN = 8
 GARBAGE = 50.0
 """What padding rows of the weight hold: enough to win every softmax they are let into."""
+WHOLE = 1 << 20
+"""Bytes of a tile that takes every matrix of these tests at once."""
+EXACT = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
-def make_case(seed: int, rows: int, vocab_size: int, padding: int, temperature: float = 1.0, chunk_rows: int = 3) -> dict[str, Any]:
+def make_case(
+    seed: int,
+    rows: int,
+    vocab_size: int,
+    padding: int,
+    temperature: float | None = 1.0,
+    tile_bytes: int = 64,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Random hidden states, weight and targets; without a temperature each row has its own."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab_size + padding, HIDDEN, generator=generator)
+    weight = torch.randn(vocab_size + padding, HIDDEN, generator=generator, dtype=dtype)
     weight[vocab_size:] = GARBAGE
+    own = 0.3 + 1.5 * torch.rand(rows, generator=generator)
     return {
-        "hidden": torch.randn(rows, HIDDEN, generator=generator),
+        "hidden": torch.randn(rows, HIDDEN, generator=generator, dtype=dtype),
         "weight": weight,
         "targets": torch.randint(vocab_size, (rows,), generator=generator),
-        "factors": torch.randn(rows, generator=generator),
-        "temperature": temperature,
+        "factors": torch.randn(rows, generator=generator, dtype=dtype),
+        "temperature": own if temperature is None else temperature,
         "vocab_size": vocab_size,
-        "chunk_rows": chunk_rows,
+        "tile_bytes": tile_bytes,
     }
 
 
-def compute(case: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The tested function and the gradients of the log-probs, each row times its factor."""
-    hidden = case["hidden"].to(dtype).requires_grad_()
-    weight = case["weight"].to(dtype).requires_grad_()
-    logprobs, entropy = vocab_parallel_logprobs(
+def evaluate(case: dict[str, Any], hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The tested function on one rank."""
+    return vocab_parallel_logprobs(
         hidden,
         weight,
         case["targets"],
@@ -46,19 +60,28 @@ def compute(case: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[st
         vocab_size=case["vocab_size"],
         vocab_start=0,
         group=None,
-        chunk_rows=case["chunk_rows"],
+        tile_bytes=case["tile_bytes"],
     )
+
+
+def compute(case: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tested function and the gradients of the log-probs, each row times its factor."""
+    hidden = case["hidden"].to(dtype).requires_grad_()
+    weight = case["weight"].to(dtype).requires_grad_()
+    logprobs, entropy = evaluate(case, hidden, weight)
     assert not entropy.requires_grad
-    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert logprobs.dtype == entropy.dtype == torch.promote_types(weight.dtype, torch.float32)
     grad_hidden, grad_weight = torch.autograd.grad((logprobs * case["factors"]).sum(), [hidden, weight])
+    assert grad_hidden.dtype == grad_weight.dtype == weight.dtype
     return {"logprobs": logprobs.detach(), "entropy": entropy, "hidden": grad_hidden, "weight": grad_weight}
 
 
-def expect(case: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def expect(case: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The same by log-softmax of the whole matrix in float64, from inputs that were rounded to `dtype`."""
     hidden = case["hidden"].to(dtype).double().requires_grad_()
     weight = case["weight"].to(dtype).double().requires_grad_()
-    all_logprobs = torch.log_softmax(hidden @ weight[: case["vocab_size"]].t() / case["temperature"], dim=1)
+    temperature = torch.as_tensor(case["temperature"], dtype=torch.float64).reshape(-1, 1)
+    all_logprobs = torch.log_softmax(hidden @ weight[: case["vocab_size"]].t() / temperature, dim=1)
     logprobs = all_logprobs.gather(1, case["targets"][:, None]).squeeze(1)
     grad_hidden, grad_weight = torch.autograd.grad((logprobs * case["factors"].double()).sum(), [hidden, weight])
     entropy = -(all_logprobs.exp() * all_logprobs).sum(1)
@@ -77,18 +100,40 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     rows=st.integers(0, 9),
     vocab_size=st.integers(1, 40),
     padding=st.integers(0, 5),
-    temperature=st.sampled_from([0.3, 0.7, 1.0, 1.5]),
-    chunk_rows=st.integers(1, 10),
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 1.5, None]),
+    tile_bytes=st.integers(1, 500),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-def test_values_entropy_and_gradients(seed: int, rows: int, vocab_size: int, padding: int, temperature: float, chunk_rows: int) -> None:
-    case = make_case(seed, rows, vocab_size, padding, temperature, chunk_rows)
-    assert_same(compute(case), expect(case), 2e-5)
+def test_values_entropy_and_gradients(
+    seed: int, rows: int, vocab_size: int, padding: int, temperature: float | None, tile_bytes: int, dtype: torch.dtype
+) -> None:
+    case = make_case(seed, rows, vocab_size, padding, temperature, tile_bytes, dtype)
+    assert_same(compute(case), expect(case), EXACT[dtype])
 
 
-@given(seed=st.integers(0, 999), chunk_rows=st.integers(1, 9))
-def test_the_size_of_the_chunks_changes_nothing(seed: int, chunk_rows: int) -> None:
-    whole = make_case(seed, 9, 31, 1, chunk_rows=1024)
-    assert_same(compute(whole | {"chunk_rows": chunk_rows}), compute(whole), 1e-5)
+@given(seed=st.integers(0, 999), tile_bytes=st.integers(1, 3000))
+def test_the_size_of_the_tiles_changes_nothing(seed: int, tile_bytes: int) -> None:
+    whole = make_case(seed, 9, 31, 1, None, WHOLE)
+    assert_same(compute(whole | {"tile_bytes": tile_bytes}), compute(whole), 1e-13)
+
+
+@given(rows=st.integers(0, 10**6), elements=st.integers(0, 10**8))
+def test_a_tile_keeps_to_its_budget(rows: int, elements: int) -> None:
+    height, width = tile_shape(rows, elements)
+    assert 1 <= height <= max(rows, 1)
+    assert width >= 1
+    assert height * width <= max(elements, 1)
+    assert height * (width + 1) > elements, "as many columns as there is room for"
+
+
+@given(seed=st.integers(0, 999))
+def test_a_row_sees_its_own_temperature_only(seed: int) -> None:
+    case = make_case(seed, 5, 23, 2, None)
+    together = compute(case)
+    for row, temperature in enumerate(case["temperature"].tolist()):
+        alone = compute(case | {"temperature": temperature})
+        for name in ("logprobs", "entropy", "hidden"):
+            torch.testing.assert_close(together[name][row], alone[name][row], rtol=1e-12, atol=1e-12)
 
 
 @given(seed=st.integers(0, 999), padding=st.integers(1, 9))
@@ -97,21 +142,31 @@ def test_padding_rows_get_no_probability_and_no_gradient(seed: int, padding: int
     padded |= {name: bare[name] for name in ("hidden", "targets", "factors")}
     padded["weight"][:23] = bare["weight"]
     found, without = compute(padded), compute(bare)
-    assert torch.equal(found["weight"][23:], torch.zeros(padding, HIDDEN))
-    assert_same(found | {"weight": found["weight"][:23]}, without, 1e-5)
+    assert torch.equal(found["weight"][23:], torch.zeros(padding, HIDDEN, dtype=torch.float64))
+    assert_same(found | {"weight": found["weight"][:23]}, without, 1e-13)
 
 
 def test_no_rows_at_all() -> None:
-    found = compute(make_case(0, 0, 11, 2))
+    found = compute(make_case(0, 0, 11, 2, None))
     assert found["logprobs"].shape == found["entropy"].shape == (0,)
     assert found["hidden"].shape == (0, HIDDEN)
     assert not found["weight"].any()
 
 
-def test_large_logits_do_not_overflow() -> None:
-    case = make_case(0, 4, 11, 2)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-10)])
+def test_large_logits_do_not_overflow(dtype: torch.dtype, tolerance: float) -> None:
+    case = make_case(0, 4, 11, 2, dtype=dtype)
     case["hidden"] = case["hidden"] * 1e3
-    assert_same(compute(case), expect(case), 1e-3)
+    assert_same(compute(case), expect(case), tolerance)
+
+
+@pytest.mark.parametrize("tile_bytes", [32, WHOLE])
+def test_columns_without_any_probability(tile_bytes: int) -> None:
+    """A tile that is as good as empty beside another one, in either order."""
+    case = make_case(0, 4, 12, 0, tile_bytes=tile_bytes)
+    case["hidden"][:, 0] = torch.tensor([1e3, -1e3, 1e3, -1e3])
+    case["weight"][:6, 0], case["weight"][6:, 0] = 1.0, -1.0
+    assert_same(compute(case), expect(case), 1e-10)
 
 
 @settings(max_examples=20)
@@ -120,7 +175,6 @@ def test_bf16_weights_get_a_float32_softmax(seed: int) -> None:
     """Only the matrix product and the stored gradients are rounded: far closer than a softmax in bf16 would be."""
     case = make_case(seed, 6, 29, 3)
     found, expected = compute(case, torch.bfloat16), expect(case, torch.bfloat16)
-    assert found["hidden"].dtype == found["weight"].dtype == torch.bfloat16
     assert_same(found, expected, 6e-2)
     totals = torch.zeros(1)
     for target in range(29):
@@ -137,8 +191,15 @@ def test_gradient_accumulates_over_micro_batches_like_one() -> None:
 
 
 def test_a_vocabulary_over_two_ranks_is_one_vocabulary(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
-    """The last case gives the second rank nothing but padding."""
-    cases = [make_case(1, 7, 22, 0), make_case(2, 7, 19, 3, 0.7), make_case(3, 0, 22, 0), make_case(4, 7, 10, 10, 1.3, 100)]
+    """Padding of any size, up to a second rank that has nothing else."""
+    choose = random.Random(0)
+    cases = [make_case(2, 7, 19, 3, 0.7), make_case(3, 0, 22, 0), make_case(4, 7, 10, 10, None, WHOLE)]
+    for seed in range(30):
+        vocab_size = choose.randint(1, 40)
+        padding = choose.randrange(vocab_size % 2, vocab_size + 1, 2)
+        dtype = choose.choice(list(EXACT))
+        temperature = choose.choice([0.3, 1.0, None])
+        cases.append(make_case(seed, choose.randint(0, 9), vocab_size, padding, temperature, choose.randint(1, 500), dtype))
     torch.save(cases, tmp_path / "cases.pt")
     run_ranks(Path(__file__).with_name("vocab_ranks.py"), 2, str(tmp_path))
     results = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
@@ -151,14 +212,81 @@ def test_a_vocabulary_over_two_ranks_is_one_vocabulary(tmp_path: Path, run_ranks
         }
         for name in ("logprobs", "entropy"):
             assert torch.equal(parts[0][name], parts[1][name])
-        assert_same(joined, compute(case), 1e-5)
-        assert_same(joined, expect(case), 2e-5)
+        tolerance = EXACT[case["weight"].dtype]
+        assert_same(joined, compute(case), tolerance / 2)
+        assert_same(joined, expect(case), tolerance)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 4, 1024])
-def test_inputs_are_left_as_they_are(chunk_rows: int) -> None:
+@pytest.mark.parametrize("tile_bytes", [8, 100, WHOLE])
+def test_inputs_are_left_as_they_are(tile_bytes: int) -> None:
     """The function works in place on its own matrices only."""
-    case = make_case(5, 6, 13, 2, chunk_rows=chunk_rows)
+    case = make_case(5, 6, 13, 2, None, tile_bytes)
     before = {name: value.clone() for name, value in case.items() if isinstance(value, Tensor)}
     compute(case)
     assert all(torch.equal(case[name], value) for name, value in before.items())
+
+
+class Allocations(TorchDispatchMode):
+    """What the operations inside it make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        """Elements of the largest tensor."""
+        self.products = 0
+        """Matrix products."""
+        self._storages: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+            self._storages.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+    def alive(self) -> set[int]:
+        """Memory that is still in use."""
+        return {storage.cdata for storage in self._storages if not storage.expired()}
+
+
+def identity(tensor: Tensor) -> int:
+    """Of its memory."""
+    return StorageWeakRef(tensor.untyped_storage()).cdata
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_as_large_as_tokens_times_vocabulary(dtype: torch.dtype) -> None:
+    """Neither a matrix of all logits nor one of all rows or of all columns: the largest is a gradient, or a tile."""
+    rows, vocab_size, elements = 200, 300, 1000
+    case = make_case(0, rows, vocab_size, 4, None, 4 * elements, torch.float32)
+    hidden, weight = (case[name].to(dtype).requires_grad_() for name in ("hidden", "weight"))
+    with Allocations() as forward:
+        logprobs, _ = evaluate(case, hidden, weight)
+    total = (logprobs * case["factors"]).sum()
+    with Allocations() as backward:
+        total.backward()
+    gradients = weight.numel(), hidden.numel()
+    assert forward.largest <= max(elements, *gradients)
+    assert backward.largest == max(elements, *gradients)
+    assert elements < max(gradients) < rows * vocab_size / 10
+
+
+def test_without_gradient_nothing_is_kept_and_each_tile_is_one_product() -> None:
+    """With gradient, temperature and normaliser of each row are kept, and each tile is three products more."""
+    case = make_case(0, 50, 60, 4, None, 4 * 500, torch.float32)
+    hidden, weight = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
+    inputs = {identity(value) for value in case.values() if isinstance(value, Tensor)}
+    with Allocations() as free, torch.no_grad():
+        outputs = evaluate(case, hidden, weight)
+    assert all(output.grad_fn is None for output in outputs)
+    assert free.alive() - inputs == {identity(output) for output in outputs}
+    height, width = tile_shape(50, 500)
+    tiles = -(-50 // height) * -(-60 // width)
+    assert free.products == tiles > 4
+    with Allocations() as bound:
+        logprobs, entropy = evaluate(case, hidden, weight)
+        kept = bound.alive() - inputs - {identity(logprobs), identity(entropy)}
+        logprobs.sum().backward()
+    assert bound.products == 4 * tiles
+    assert len(kept) == 2

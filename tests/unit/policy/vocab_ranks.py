@@ -1,4 +1,4 @@
-"""One tensor-parallel rank of `test_logprob.py`: `vocab_ranks.py RANK NUM_RANKS FOLDER` reads `case.pt` and leaves `rank_<RANK>.pt`."""
+"""One tensor-parallel rank of `test_logprob.py`: `vocab_ranks.py RANK NUM_RANKS FOLDER` reads `cases.pt` and leaves `rank_<RANK>.pt`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
             vocab_size=case["vocab_size"],
             vocab_start=rank * rows,
             group=dist.group.WORLD,
-            chunk_rows=case["chunk_rows"],
+            tile_bytes=case["tile_bytes"],
         )
         (logprobs * case["factors"]).sum().backward()
         results.append({"logprobs": logprobs.detach(), "entropy": entropy, "hidden": hidden.grad, "weight": weight.grad})
