@@ -2,8 +2,8 @@
 
 vLLM drives it (`LLM.start_weight_update`, `update_weights`, `finish_weight_update`), so an engine whose kernels keep weights in a layout of
 their own makes that layout again after every refit. Where all kernels use the parameters as they are, a refit writes into them directly;
-otherwise it writes into parameters in checkpoint format beside them (a second copy of the shard while the refit lasts), which vLLM's
-layer-wise reload then takes over.
+otherwise it writes into parameters in checkpoint format beside them (a second copy of the shard), which vLLM's layer-wise reload then
+takes over.
 
 Written for vLLM 0.32: `vllm.distributed.weight_transfer.base`, `vllm.model_executor.model_loader.reload`.
 """
@@ -11,7 +11,9 @@ Written for vLLM 0.32: `vllm.distributed.weight_transfer.base`, `vllm.model_exec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +56,12 @@ class Receiver(WeightTransferEngine):  # type: ignore[misc]
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
-    _is_reloading = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._staged: dict[str, Tensor] = {}
+        """Kept from one refit to the next, as the refit keeps views of what it writes."""
+        self._is_reloading = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Nothing to prepare."""
@@ -64,16 +71,18 @@ class Receiver(WeightTransferEngine):  # type: ignore[misc]
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Let the refit write, or vLLM load."""
-        parameters = written_parameters(self.model)
-        staged = {name: torch.empty_like(tensor, device=self.device) for name, tensor in parameters.items() if tensor.is_meta}
-        self._is_reloading = update_info.write is None or bool(staged)
         if update_info.write is None:
+            self._is_reloading = True
             initialize_layerwise_reload(self.model)
             self.model.load_weights(update_info.tensors)
             return
-        update_info.write(parameters | staged)
-        if staged:
-            _reload(self.model, staged)
+        parameters = written_parameters(self.model)
+        apart = {name: tensor for name, tensor in parameters.items() if tensor.is_meta}
+        self._staged = self._staged or {name: torch.empty_like(tensor, device=self.device) for name, tensor in apart.items()}
+        update_info.write(parameters | self._staged)
+        self._is_reloading = bool(self._staged)
+        if self._staged:
+            _reload(self.model, self._staged)
 
     def finish_weight_update(self) -> None:
         """Let vLLM's layer-wise reload make the kernels' layouts again."""
@@ -86,7 +95,7 @@ class Receiver(WeightTransferEngine):  # type: ignore[misc]
 
 def register_receiver() -> str:
     """Make the backend known to vLLM, once in a process; returns its name."""
-    if BACKEND not in WeightTransferEngineFactory._registry:
+    with suppress(ValueError):  # it is known already
         WeightTransferEngineFactory.register_engine(BACKEND, Receiver)
     return BACKEND
 
