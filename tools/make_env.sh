@@ -31,7 +31,7 @@ find_python() {
     for candidate in $wanted; do
         if supported "$candidate"; then echo "$candidate"; return; fi
     done
-    die "no Python of version 3.11 or 3.12 among: $wanted; install one, or name it with PYTHON=/path/to/python make env."
+    die "no Python of version 3.11 or 3.12 among: $wanted; install one, or put PYTHON=/path/to/python before the command."
 }
 
 need_compiler() {
