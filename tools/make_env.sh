@@ -50,11 +50,12 @@ make_venv() {
     "$python" -m venv "$venv" || die "$python cannot make a virtual environment; install its venv module (Debian and Ubuntu: apt install python3-venv)."
 }
 
-# Prints the option that adds PyTorch's CPU index, or nothing where the configured indices have the CPU build.
+# Prints the option that adds PyTorch's CPU index, or nothing where the configured indices have the CPU build or that index is out of reach.
 index_option() {
-    local torch
-    torch=$(sed -n 's/^ *"torch==\([0-9.]*\)",.*/\1/p' setup.py)
-    if ! "$venv/bin/python" -m pip index versions torch 2>/dev/null | tr ' ,' '\n\n' | grep -qxF "$torch+cpu"; then
+    local torch pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+    torch=$(sed -n 's/^ *"torch==\([0-9.]*\)",.*/\1/p' setup.py | head -n 1)
+    if "${pip[@]}" index versions torch 2>/dev/null | tr ' ,' '\n\n' | grep -qxF "$torch+cpu"; then return; fi
+    if "${pip[@]}" --retries 0 --timeout 10 index versions torch --index-url "$torch_index" >/dev/null 2>&1; then
         echo "--extra-index-url=$torch_index"
     fi
 }
