@@ -22,10 +22,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import read_status, reset_peak
 from torch import Tensor
 
 from megatron_r1z.policy.logprob import vocab_parallel_logprobs
@@ -163,20 +163,6 @@ def measure_peak(way: str, head: Head, dtype: torch.dtype, tokens: int) -> tuple
     time_passes(way, case, time.perf_counter)
     peak = read_status("VmHWM") - before
     return peak, peak - case.weight_VH.nbytes - case.hidden_RH.numel() * 4
-
-
-def reset_peak() -> int:
-    """Forget the highest memory so far; returns what the process has now, bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return read_status("VmRSS")
-
-
-def read_status(name: str) -> int:
-    """A figure of `/proc/self/status`, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(name)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,14 @@ import argparse
 import dataclasses
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from measuring import read_status, reset_peak, run_ranks
 from torch import Tensor
 
 from megatron_r1z.layout.blocks import Layout, box_slices, engine_layout, megatron_layout
@@ -95,14 +93,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
         print(json.dumps(dataclasses.asdict(measure(options))))
         return
     for num_ranks in (1,) if options.model else (1, 2):
         rows = [("way", "refit ms", "copy ms", "ratio", "to the crossing copy", "peak MB a rank")]
-        rows += [(way, *_cells(run_ranks(options, num_ranks, way))) for way in WAYS if num_ranks > 1 or way != "process group"]
+        rows += [(way, *_cells(measure_way(num_ranks, way))) for way in WAYS if num_ranks > 1 or way != "process group"]
         print("\n".join([_title(options.model, num_ranks), *align(rows), ""]), flush=True)
 
 
@@ -137,27 +134,11 @@ def _cells(figures: Sequence[Figures]) -> tuple[str, ...]:
     )
 
 
-def run_ranks(options: argparse.Namespace, num_ranks: int, way: str) -> list[Figures]:
+def measure_way(num_ranks: int, way: str) -> list[Figures]:
     """One way in fresh processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, __file__, *sys.argv[1:], "--ranks", str(num_ranks), "--way", way, "--port", str(port)]
-    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [*command, "--rank", str(rank)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    outputs = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise SystemExit(f"the ranks of '{way}' ended with {[process.returncode for process in started]}")
-    return [Figures(**json.loads(output.splitlines()[-1])) for output in outputs]
+    arguments = [*sys.argv[1:], "--ranks", str(num_ranks), "--way", way]
+    lines = run_ranks(__file__, arguments, num_ranks, max(1, len(os.sched_getaffinity(0)) // num_ranks))
+    return [Figures(**json.loads(line)) for line in lines]
 
 
 def measure(options: argparse.Namespace) -> Figures:
@@ -219,20 +200,6 @@ def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def reset_peak() -> int:
-    """Forget the highest memory so far; returns what the process has now, bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return read_status("VmRSS")
-
-
-def read_status(name: str) -> int:
-    """A figure of `/proc/self/status`, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(name)
 
 
 def _live_engine(model: str) -> VllmEngine:

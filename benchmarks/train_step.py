@@ -21,10 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from measuring import run_ranks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -96,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), options.layers, options.hidden)
         for num_ranks, prompts in ((1, "few-shot"), (1, "chat"), (2, "few-shot")):
-            print_table(prompts, num_ranks, run_ranks(folder, num_ranks, prompts))
+            print_table(prompts, num_ranks, measure_prompts(folder, num_ranks, prompts))
 
 
 def save_model(folder: Path, layers: int, hidden: int) -> None:
@@ -126,26 +124,10 @@ def print_table(prompts: str, num_ranks: int, result: Figures) -> None:
     print("\n".join([f"{prompts} prompts, {tokens} tokens, {split}", *align(rows), ""]), flush=True)
 
 
-def run_ranks(model: str, num_ranks: int, prompts: str) -> Figures:
+def measure_prompts(model: str, num_ranks: int, prompts: str) -> Figures:
     """From fresh processes; the first rank speaks for all."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, __file__, *sys.argv[1:], "--model", model, "--ranks", str(num_ranks), "--prompts", prompts]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [*command, "--rank", str(rank)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    outputs = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise SystemExit(f"the ranks ended with {[process.returncode for process in started]}")
-    return Figures(**json.loads(outputs[0].splitlines()[-1]))
+    arguments = [*sys.argv[1:], "--model", model, "--ranks", str(num_ranks), "--prompts", prompts]
+    return Figures(**json.loads(run_ranks(__file__, arguments, num_ranks, threads=1)[0]))
 
 
 def measure(options: argparse.Namespace) -> Figures:

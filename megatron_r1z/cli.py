@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from megatron_r1z.config import (
+    ITEMSIZE,
     AnyConfig,
     EvaluateConfig,
     GradingConfig,
@@ -29,7 +30,7 @@ from megatron_r1z.config import (
 )
 from megatron_r1z.errors import R1ZError, UsageError
 from megatron_r1z.folders import Kind
-from megatron_r1z.plan_report import ENGINE_KEYS, ITEMSIZE, POLICY_KEYS, Machine, make_plan_report, render_plan
+from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, make_plan_report, render_plan
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
 
 if TYPE_CHECKING:

@@ -23,6 +23,8 @@ from megatron_r1z.layout.topology import Topology
 Template = Literal["r1", "qwen_math", "no", "few_shot", "chat"]
 GradingMode = Literal["strict", "fast", "math_verify"]
 RefitWay = Literal["planned", "gathered"]
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+"""Bytes of one element by number format."""
 RewardForm = Literal["auto", "boxed", "answer_tag", "answer_tag_lenient", "think_then_boxed"]
 Algorithm = Literal["drgrpo", "grpo", "rloo", "token_mean"]
 Recompute = Literal["none", "selective", "full"]

@@ -22,9 +22,6 @@ from megatron_r1z.layout.plan import DEFAULT_RANKS_PER_NODE, DEFAULT_ROUND_BYTES
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.tables import align
 
-ITEMSIZE = {"bf16": 2, "fp32": 4}
-"""Bytes of one element by number format of the engine."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:

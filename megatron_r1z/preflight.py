@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1z.config import AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
+from megatron_r1z.config import ITEMSIZE, AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
@@ -32,7 +32,6 @@ WITHOUT_EFFECT_ON_RESPONSES = (
     *("rollout.refit", "rollout.tensor_parallel_size", "rollout.kv_cache_bytes", "rollout.max_concurrent_sequences"),
 )
 """What may differ, besides the ranks, when an evaluation goes on; the question files are compared question by question."""
-ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
 def check_train(config: TrainConfig) -> list[str]:
