@@ -68,6 +68,10 @@ class Piece(NamedTuple):
     round_number: int | None
     """None where source and destination are on one rank."""
 
+    def below(self, rows: int) -> Piece:
+        """The piece that begins that many rows further down."""
+        return self._replace(place=self.place.below(rows))
+
 
 class Ledger:
     """The pieces that this rank has read as a source, or written as a destination, and the sum of each.

@@ -212,15 +212,16 @@ class Executor:
 
     def _local_steps(self, copy: Copy, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> Iterator[Step]:
         value, target = _source_box(source, copy), _destination_box(destination, copy)
+        read, written = self._begun_at_source(copy, None), self._begun_at_destination(copy, None)
         for rows in self._pieces(copy):
             part = value[rows]
             if part.dtype is not self.dtype:
                 scratch = self._scratch_like(part)
                 yield partial(scratch.copy_, part)
                 part = scratch
-            yield self.read.summing(self._piece_read(copy, rows, None), part)
+            yield self.read.summing(read.below(rows.start), part)
             yield partial(target[rows].copy_, part)
-            yield self.written.summing(self._piece_written(copy, rows, None), target[rows])
+            yield self.written.summing(written.below(rows.start), target[rows])
 
     def _make_round(self, index: int, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> _Round:
         exchange, slot = self.part.exchanges[index], index % LIVE_ROUNDS
@@ -242,16 +243,16 @@ class Executor:
         return _Round(exchange, slot, pack, packed, landings, unpack)
 
     def _pack_steps(self, copy: Copy, view: Tensor, source: Mapping[str, Tensor], number: int) -> Iterator[Step]:
-        value = _source_box(source, copy)
+        value, read = _source_box(source, copy), self._begun_at_source(copy, number)
         for rows in self._pieces(copy):
             yield partial(view[rows].copy_, value[rows])
-            yield self.read.summing(self._piece_read(copy, rows, number), view[rows])
+            yield self.read.summing(read.below(rows.start), view[rows])
 
     def _unpack_steps(self, copy: Copy, view: Tensor, destination: Mapping[str, Tensor], number: int) -> Iterator[Step]:
-        target = _destination_box(destination, copy)
+        target, written = _destination_box(destination, copy), self._begun_at_destination(copy, number)
         for rows in self._pieces(copy):
             yield partial(target[rows].copy_, view[rows])
-            yield self.written.summing(self._piece_written(copy, rows, number), target[rows])
+            yield self.written.summing(written.below(rows.start), target[rows])
 
     def _pieces(self, copy: Copy) -> list[slice]:
         """The rows of each piece of a copy, the same for sender and receiver."""
@@ -259,13 +260,14 @@ class Executor:
         step = max(1, PIECE_BYTES[self.device.type] * rows // copy.nbytes)
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
-    def _piece_read(self, copy: Copy, rows: slice, number: int | None) -> Piece:
-        place = self._source_places.find(copy.source_parameter, copy.source_start)
-        return Piece(place.below(rows.start), copy.source_rank, copy.destination_rank, number)
+    def _begun_at_source(self, copy: Copy, number: int | None) -> Piece:
+        """A copy as the reader enters it, from its first row on."""
+        return Piece(self._source_places.find(copy.source_parameter, copy.source_start), copy.source_rank, copy.destination_rank, number)
 
-    def _piece_written(self, copy: Copy, rows: slice, number: int | None) -> Piece:
+    def _begun_at_destination(self, copy: Copy, number: int | None) -> Piece:
+        """A copy as the writer enters it, from its first row on."""
         place = self._destination_places.find(copy.destination_parameter, copy.destination_start)
-        return Piece(place.below(rows.start), copy.source_rank, copy.destination_rank, number)
+        return Piece(place, copy.source_rank, copy.destination_rank, number)
 
     def _views(self, copies: Sequence[Copy], message: Tensor) -> list[Tensor]:
         """The part of a message that belongs to each copy, in the copy's shape."""
