@@ -23,6 +23,7 @@ COMMON = [
     "tensorboard>=2.21",
     "psutil>=7.0",
     "zstandard>=0.25",
+    "numba>=0.61",  # copies and sums of a refit on a CPU; vLLM pins a version
 ]
 
 EXTRAS = {

@@ -5,8 +5,9 @@
 
 Weights are random, of SmolLM2-135M's shape, bfloat16 on both sides; two ranks take 8 heads and 4 key-value heads, because TP2 cannot split
 its 9 and 3. Engines without `--model` are plain arrays in vLLM's layout, so the figures are those of the hand-over alone. The copy is
-`copy_` between two sets of tensors of the engine's shapes, by as many ranks and threads. Peak memory is what a rank has at most beyond what
-it had before the first refit.
+`copy_` between two sets of tensors of the engine's shapes, by as many ranks and threads; the crossing copy is `copy_` of the boxes that
+come from the other rank, out of tensors of this rank that are shaped as the other's. Peak memory is what a rank has at most beyond what
+it had before the first refit; memory of the other rank that it has mapped counts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from measuring import read_status, reset_peak, run_ranks
 from torch import Tensor
 
-from megatron_r1z.layout.blocks import Layout, box_slices, engine_layout, megatron_layout
+from megatron_r1z.layout.blocks import Box, Layout, box_slices, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.plan import Plan, make_plan
 from megatron_r1z.layout.topology import Topology
@@ -33,9 +34,11 @@ from megatron_r1z.protocols import Result
 from megatron_r1z.reshard import execute
 from megatron_r1z.reshard.digest import Ledger, Piece
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
-from megatron_r1z.reshard.links import Link, Wire
+from megatron_r1z.reshard.links import Links, Wire
+from megatron_r1z.reshard.moves import Move, bind
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_r1z.shared_memory import SharedCopies
 from megatron_r1z.tables import align
 
 SMOLLM2 = ModelShape("llama", 30, 576, 9, 3, 64, 1536, 49152, True, False, False, 1e5, None, 1e-5, 8192)
@@ -110,10 +113,10 @@ WAYS = ("planned", "no digests", "process group", "gathered")
 class Blind(Ledger):
     """A ledger that does not look."""
 
-    def summing(self, piece: Piece, box: Tensor) -> Callable[[], object]:
-        """Enter a piece; returns what does nothing."""
-        super().summing(piece, box)
-        return lambda: None
+    def enter(self, piece: Piece, size: Box | None = None) -> Tensor | None:
+        """Enter a piece; no sum is wanted."""
+        super().enter(piece, size)
+        return None
 
 
 def _title(model: str | None, num_ranks: int) -> str:
@@ -150,15 +153,16 @@ def measure(options: argparse.Namespace) -> Figures:
     layout = engine_layout(shape, options.ranks, 1)
     plan = make_plan(policy, layout, DTYPE.itemsize, int(options.round_mb * 2**20))
     generator = torch.Generator().manual_seed(options.rank)
-    weights = {name: torch.randn(size, generator=generator).to(DTYPE) for name, size in policy.parameters[options.rank].items()}
+    shared = SharedCopies(
+        {name: torch.randn(size, generator=generator).to(DTYPE) for name, size in policy.parameters[options.rank].items()}
+    )
+    weights = shared.tensors
     engine: Any = _live_engine(options.model) if options.model else Arrays(layout, options.rank)
     others = {name: torch.randn(tensor.shape, generator=generator).to(DTYPE) for name, tensor in engine.parameters().items()}
     written = sum(tensor.nbytes for tensor in others.values())
     crossing = sum(copy.nbytes for copies in plan.rounds for copy in copies if copy.destination_rank == options.rank)
-    flat = (
-        torch.cat([tensor.view(-1) for tensor in others.values()])[: crossing // DTYPE.itemsize],
-        torch.zeros(crossing // DTYPE.itemsize, dtype=DTYPE),
-    )
+    boxes = crossing_boxes(plan, options.rank, engine.parameters(), generator)
+    compile_loop()
     before = reset_peak()
     refit = make_refit(options, shape, policy, plan, weights, engine)
     times: dict[str, list[float]] = {"refit": [], "copy": [], "crossing": []}
@@ -167,7 +171,7 @@ def measure(options: argparse.Namespace) -> Figures:
     for version in range(1, options.repeats + 1):
         times["refit"].append(timed(lambda version=version: refit(version)))  # type: ignore[misc]
         times["copy"].append(timed(lambda: copy_all(engine.parameters(), others)))
-        times["crossing"].append(timed(lambda: flat[1].copy_(flat[0])))
+        times["crossing"].append(timed(lambda: copy_boxes(boxes)))
     fastest = {name: min(values) for name, values in times.items()}
     return Figures(fastest["refit"], fastest["copy"], fastest["crossing"] if crossing else 0.0, written, crossing, peak)
 
@@ -180,18 +184,46 @@ def make_refit(
         return GatheredRefit(WholeTensors(shape, policy, options.rank, lambda: weights, DTYPE), engine)
     if options.way == "no digests":
         execute.Ledger = Blind  # type: ignore[misc]
-    return Refit(plan, options.rank, lambda: weights, engine, DTYPE, links=through_wires if options.way == "process group" else dict)
+    return Refit(
+        plan, options.rank, lambda: weights, engine, DTYPE, links=through_wires if options.way == "process group" else lambda links: links
+    )
 
 
-def through_wires(links: Mapping[int, Link]) -> Mapping[int, Link]:
+def through_wires(links: Links) -> Links:
     """Every link through the process group."""
-    return {peer: Wire(peer, None) for peer in links}
+    return Links({peer: Wire(peer, None) for peer in links.seen}, {}, None)
 
 
 def copy_all(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """A plain copy of an engine's parameters."""
     for name, target in targets.items():
         target.copy_(values[name])
+
+
+def compile_loop() -> None:
+    """So that the memory of the compiler does not count."""
+    box = torch.zeros(8, dtype=DTYPE)
+    for step in bind([Move(box, box.clone(), None, None, DTYPE)], torch.empty_like):
+        step()
+
+
+def crossing_boxes(plan: Plan, rank: int, live: Mapping[str, Tensor], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """What comes from other ranks: boxes of the engine's parameters, and of tensors of this rank that are shaped as theirs."""
+    theirs: dict[tuple[int, str], Tensor] = {}
+    boxes = []
+    for copy in (copy for copies in plan.rounds for copy in copies if copy.destination_rank == rank):
+        key = copy.source_rank, copy.source_parameter
+        if key not in theirs:
+            theirs[key] = torch.randn(plan.source.parameters[copy.source_rank][copy.source_parameter], generator=generator).to(DTYPE)
+        target = live[copy.destination_parameter][box_slices(copy.destination_start, copy.size)]
+        boxes.append((target, theirs[key][box_slices(copy.source_start, copy.size)]))
+    return boxes
+
+
+def copy_boxes(boxes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """A plain copy of what comes from other ranks."""
+    for target, value in boxes:
+        target.copy_(value)
 
 
 def timed(work: Callable[[], object]) -> float:

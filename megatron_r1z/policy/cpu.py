@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_r1z.shared_memory import SharedCopies
+
 
 @contextmanager
 def megatron_device() -> Iterator[None]:
@@ -55,6 +57,17 @@ def release_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
+
+
+def share_weights(chunks: Sequence[torch.nn.Module]) -> SharedCopies | None:
+    """Put weights where the other ranks of the machine can read them, while the result lives; does nothing where CUDA is available."""
+    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+        return None
+    parameters = {f"{index}.{name}": value for index, chunk in enumerate(chunks) for name, value in chunk.named_parameters()}
+    shared = SharedCopies({name: value.data for name, value in parameters.items()})
+    for name, value in parameters.items():
+        value.data = shared.tensors[name]
+    return shared
 
 
 class _NoStream:

@@ -16,7 +16,7 @@ from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules, SampleCost
 from megatron_r1z.policy import step
-from megatron_r1z.policy.cpu import megatron_device, release_free_memory
+from megatron_r1z.policy.cpu import megatron_device, release_free_memory, share_weights
 from megatron_r1z.policy.model import build_chunks
 from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_chunks
 from megatron_r1z.types import UpdateStats
@@ -68,6 +68,7 @@ class MegatronPolicy:
         self._temperature = temperature
         with megatron_device():
             self._bare = build_chunks(shape, settings.parallel, settings.precision, padded_vocab_size)
+        self._shared = share_weights(self._bare)
         release_free_memory()  # on a CPU Megatron makes initial weights whole and in float32 first
 
     def parameters(self) -> dict[str, Tensor]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from megatron_r1z.layout.blocks import Block, Box
 
 UNTOUCHED = -0x61C8864680B583EB
 """Stands for the sum of a piece that has not been looked at; that weights have this sum has a chance of 2**-64."""
-_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 class Place(NamedTuple):
@@ -88,20 +86,32 @@ class Ledger:
         self._device = device
         self._sums = torch.full((capacity,), UNTOUCHED, dtype=torch.int64, device=device)
         self._slots = self._sums.unbind()
-        self._factors = self._index = torch.empty(0, dtype=torch.int64)
+        self._slot_of: list[int] = []
+        self._by_box: dict[tuple[Place, Box], int] = {}
+        self._factors = self._index = self._which = torch.empty(0, dtype=torch.int64)
 
-    def summing(self, piece: Piece, box: Tensor) -> Callable[[], object]:
-        """Enter a piece; returns what sums `box` (any shape, rows contiguous)."""
-        dims, slot, words = list(range(box.dim())), self._slots[len(self.pieces)], _as_words(box)
+    def enter(self, piece: Piece, size: Box | None = None) -> Tensor | None:
+        """Enter a piece.
+
+        Args:
+            piece: from where to where.
+            size: of its box. Where it is given, one sum serves all pieces of the same box: what goes to several ranks is read once.
+
+        Returns:
+            Where the sum of its words goes, int64 without dimensions; None where it is there already.
+        """
+        slot = len(self.pieces)
+        if size is not None:
+            slot = self._by_box.setdefault((piece.place, tuple(size)), slot)
         self.pieces.append(piece)
-        if words is not None:
-            return partial(torch.sum, words, dim=dims, dtype=torch.int64, out=slot)
-        return lambda: torch.sum(_aligned(box).view(_width(box)), dim=dims, dtype=torch.int64, out=slot)
+        self._slot_of.append(slot)
+        return self._slots[slot] if slot == len(self.pieces) - 1 else None
 
     def close(self) -> None:
         """No more pieces will be entered."""
         self._factors = self._tensor([_factor(piece.place) for piece in self.pieces])
         self._index = self._tensor([self._tensors[piece.place.tensor] for piece in self.pieces])
+        self._which = self._tensor(self._slot_of)
 
     def clear(self) -> None:
         """Forget the sums of the last refit."""
@@ -110,11 +120,11 @@ class Ledger:
     def digests(self) -> Tensor:
         """int64 [tensors]: the digest of this rank's pieces of each tensor."""
         zeros = torch.zeros(len(self._tensors), dtype=torch.int64, device=self._device)
-        return zeros.index_add_(0, self._index, self._sums[: len(self.pieces)] * self._factors)
+        return zeros.index_add_(0, self._index, self._sums[self._which] * self._factors)
 
     def listed(self) -> list[tuple[Piece, int]]:
         """Every piece with its sum."""
-        return list(zip(self.pieces, self._sums[: len(self.pieces)].tolist(), strict=True))
+        return list(zip(self.pieces, self._sums[self._which].tolist(), strict=True))
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
@@ -132,21 +142,3 @@ def as_text(digest: int) -> str:
 def _factor(place: Place) -> int:
     digest = hashlib.blake2b(str(place).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True) | 1
-
-
-def _as_words(box: Tensor) -> Tensor | None:
-    """The box as integers without a copy, None where its rows do not begin at multiples of the width."""
-    try:
-        return box.view(_width(box))
-    except RuntimeError:
-        return None
-
-
-def _width(box: Tensor) -> torch.dtype:
-    """The widest integers that a row can be cut into; it depends on the box alone, because both sides must take the same."""
-    return next(dtype for dtype in _WORDS if box.shape[-1] * box.itemsize % dtype.itemsize == 0)
-
-
-def _aligned(box: Tensor) -> Tensor:
-    """A copy of which every row begins where any number format may."""
-    return box.clone(memory_format=torch.contiguous_format)

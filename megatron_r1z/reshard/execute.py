@@ -1,8 +1,9 @@
-"""Carry out one rank's part of a plan: copies within the rank, then rounds of packed bytes to and from others.
+"""Carry out one rank's part of a plan: copies in memory, and rounds of packed bytes to and from ranks whose memory cannot be seen.
 
-The sender converts to the destination's number format while it packs, so what travels is what will be stored and nothing is rounded
-twice. While one round travels, the next is packed: a rank holds at most two rounds of send buffers and two of receive buffers. Every piece
-is summed where it was packed and again where it was written (`digest.py`).
+Copies in memory are those within the rank and those out of the parameters of ranks that are read in place (`links.py`). What travels was
+converted to the destination's number format by the sender while it packed, so it is what will be stored and nothing is rounded twice.
+While one round travels, the next is packed: a rank holds at most two rounds of send buffers and two of receive buffers. Every piece is
+summed where it was read and again where it was written (`digest.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -22,15 +24,18 @@ from megatron_r1z.errors import RefitError
 from megatron_r1z.layout.blocks import box_slices
 from megatron_r1z.layout.plan import LIVE_ROUNDS, Copy, Exchange, RankPlan
 from megatron_r1z.reshard.digest import Ledger, Piece, Places
-from megatron_r1z.reshard.links import Link, aligned
+from megatron_r1z.reshard.links import Links
+from megatron_r1z.reshard.moves import Move, Step, bind
+from megatron_r1z.shared_memory import aligned
 
 DEFAULT_TIMEOUT_S = 600.0
 """A round takes seconds; what takes longer is a peer that has not arrived yet, for example from a checkpoint or a slow rollout."""
 PIECE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-"""What is copied and summed in one go, by device: on a CPU it must stay in the cache, on a GPU it must be worth a launch."""
+"""What is summed as one, by device: on a CPU threads share pieces out, on a GPU one must be worth a launch."""
 
+_dtype = attrgetter("dtype")
 Result = TypeVar("Result")
-Step = Callable[[], object]
+Parameters = Mapping[str, Tensor]
 
 
 class Transfer(NamedTuple):
@@ -39,15 +44,13 @@ class Transfer(NamedTuple):
     nbytes: int
     """Written into this rank's destination parameters."""
     round_seconds: tuple[float, ...]
-    """Of the copies within the rank, then of each round that it took part in."""
+    """Of the copies in memory, then of each round through the process group that it took part in."""
 
 
 class _Round(NamedTuple):
     """One exchange, ready to run."""
 
     exchange: Exchange
-    slot: int
-    """Of the send buffers."""
     pack: list[Step]
     packed: dict[int, Tensor]
     """Bytes for each receiver."""
@@ -67,9 +70,9 @@ class _Flight(NamedTuple):
 class _Program(NamedTuple):
     """Everything to do for one set of tensors."""
 
-    tensors: tuple[tuple[int, torch.dtype], ...]
-    """Address and number format of each: the program is for these and no others."""
-    local: list[Step]
+    tensors: list[tuple[list[int], list[torch.dtype]]]
+    """Addresses and number formats of each side: the program is for these and no others."""
+    in_memory: list[Step]
     rounds: list[_Round]
 
 
@@ -78,10 +81,9 @@ class Executor:
 
     Args:
         part: `plan.of_rank(rank)`.
-        dtype: number format of the destination and of the wire, the same on every rank.
+        dtype: number format of the destination and of what travels, the same on every rank.
         device: where the buffers live.
         links: the way to every peer.
-        send_buffers: uint8, `LIVE_ROUNDS` of `send_buffer_bytes(part)`.
         process_group: whose members are the plan's ranks; ranks are global ranks. By default all.
         timeout_s: limit of each wait.
     """
@@ -91,8 +93,7 @@ class Executor:
         part: RankPlan,
         dtype: torch.dtype,
         device: torch.device,
-        links: Mapping[int, Link],
-        send_buffers: Sequence[Tensor],
+        links: Links,
         process_group: dist.ProcessGroup | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
@@ -105,7 +106,11 @@ class Executor:
         self.process_group = process_group
         self.timeout_s = timeout_s
         self._links = links
-        self._buffers = (send_buffers, [new_bytes(receive_buffer_bytes(part), device) for _ in range(LIVE_ROUNDS)])
+        self._exchanges = list(_through(part, links))
+        self._buffers = [
+            [new_bytes(max((_room(side(exchange)) for exchange in self._exchanges), default=0), device) for _ in range(LIVE_ROUNDS)]
+            for side in (_sends, _receives)
+        ]
         self._scratch = new_bytes(0, device)
         self._source_places = Places(part.source.blocks_of(part.rank))
         self._destination_places = Places(part.destination.blocks_of(part.rank))
@@ -114,8 +119,10 @@ class Executor:
         """What a transfer writes on this rank."""
 
     @torch.no_grad()
-    def __call__(self, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> Transfer:
+    def __call__(self, source: Parameters, destination: Parameters) -> Transfer:
         """Write this rank's destination parameters and send what others need of its source parameters; all ranks of the plan call this.
+
+        No rank may change its source parameters before all have compared (`compare.py`): some may still be reading them.
 
         Args:
             source: this rank's parameters by the names of the source layout, in any number format.
@@ -124,67 +131,58 @@ class Executor:
         Raises:
             RefitError: a transfer failed or timed out; names rank, round, block and peer.
         """
-        program = self._prepared(source, destination)
+        program = self._prepared(source, destination, self._look(source))
         self.read.clear()
         self.written.clear()
         clock = [time.perf_counter()]
-        unreleased: list[list[int]] = [[] for _ in range(LIVE_ROUNDS)]
         in_flight: _Flight | None = None
         for index in range(len(program.rounds) + 1):
-            started = self._start(program.rounds[index], unreleased) if index < len(program.rounds) else None
+            started = self._start(program.rounds[index]) if index < len(program.rounds) else None
             if in_flight is None:
-                _run(program.local)
+                _run(program.in_memory)
             else:
                 self._finish(in_flight)
             in_flight = started
             clock.append(time.perf_counter())
-        for peers in unreleased:
-            self._await_releases(peers, f"rank {self.part.rank}, after the last round")
         return Transfer(self.written_bytes, tuple(after - before for before, after in pairwise(clock)))
 
     # --- running ---
 
-    def _start(self, work: _Round, unreleased: list[list[int]]) -> _Flight:
-        """Pack a round and send it off."""
-        self._await_releases(unreleased[work.slot], self._where(work.exchange))
-        _run(work.pack)
-        unreleased[work.slot] = list(work.packed)
-        operations = [(self._links[peer].receive(landing), self._receiving(work, peer)) for peer, landing in work.landings.items()]
-        operations += [(self._links[peer].send(packed), self._sending(work, peer)) for peer, packed in work.packed.items()]
-        return _Flight(work, self._post([(operation, label) for operation, label in operations if operation is not None]))
+    def _look(self, source: Parameters) -> dict[int, Parameters]:
+        """Let others read this rank's parameters; theirs, as far as this rank reads them in place."""
+        window = self._links.window
+        if window is not None:
+            self._attempt(lambda: window.open(source), f"rank {self.part.rank}: showing its parameters to ranks {list(self._links.seen)}")
+        found: dict[int, Parameters] = {}
+        for exchange in self.part.exchanges:
+            for peer in exchange.receives.keys() & self._links.seen.keys() - found.keys():
+                found[peer] = self._attempt(partial(self._links.seen[peer].parameters, self.timeout_s), self._receiving(exchange, peer))
+        return found
 
-    def _post(self, operations: Sequence[tuple[dist.P2POp, str]]) -> list[tuple[dist.Work, str]]:
-        if not operations:
-            return []
+    def _start(self, work: _Round) -> _Flight:
+        """Pack a round and send it off."""
+        _run(work.pack)
+        wires = self._links.wires
+        operations = [(wires[peer].receive(landing), self._receiving(work.exchange, peer)) for peer, landing in work.landings.items()]
+        operations += [(wires[peer].send(packed), self._sending(work.exchange, peer)) for peer, packed in work.packed.items()]
         labels = [label for _, label in operations]
         works = self._attempt(lambda: dist.batch_isend_irecv([operation for operation, _ in operations]), "; ".join(labels))
         if len(works) != len(labels):  # NCCL joins a batch into one piece of work
             labels = ["; ".join(labels)] * len(works)
-        return list(zip(works, labels, strict=True))
+        return _Flight(work, list(zip(works, labels, strict=True)))
 
     def _finish(self, flight: _Flight) -> None:
         """Wait for a round and write what it brought."""
         limit = timedelta(seconds=self.timeout_s)
         for work, label in flight.pending:
             self._attempt(partial(work.wait, limit), label)
-        for peer in flight.work.landings:
-            self._attempt(partial(self._links[peer].await_arrival, self.timeout_s), self._receiving(flight.work, peer))
         _run(flight.work.unpack)
-        for peer in flight.work.landings:
-            self._links[peer].release()
 
-    def _await_releases(self, peers: list[int], where: str) -> None:
-        for peer in peers:
-            self._attempt(
-                partial(self._links[peer].await_release, self.timeout_s), f"{where}: waiting for rank {peer} to take earlier bytes"
-            )
-        peers.clear()
+    def _receiving(self, exchange: Exchange, peer: int) -> str:
+        return f"{self._where(exchange)}: receiving {_named(exchange.receives[peer])} from rank {peer}"
 
-    def _receiving(self, work: _Round, peer: int) -> str:
-        return f"{self._where(work.exchange)}: receiving {_named(work.exchange.receives[peer])} from rank {peer}"
-
-    def _sending(self, work: _Round, peer: int) -> str:
-        return f"{self._where(work.exchange)}: sending {_named(work.exchange.sends[peer])} to rank {peer}"
+    def _sending(self, exchange: Exchange, peer: int) -> str:
+        return f"{self._where(exchange)}: sending {_named(exchange.sends[peer])} to rank {peer}"
 
     def _where(self, exchange: Exchange) -> str:
         return f"rank {self.part.rank}, round {exchange.number + 1} of {self.part.num_rounds}"
@@ -194,15 +192,16 @@ class Executor:
 
     # --- getting ready ---
 
-    def _prepared(self, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> _Program:
+    def _prepared(self, source: Parameters, destination: Parameters, seen: Mapping[int, Parameters]) -> _Program:
         """The program for these tensors: made once, and again when an optimizer or the engine has replaced one."""
-        tensors = tuple((tensor.data_ptr(), tensor.dtype) for side in (source, destination) for tensor in side.values())
+        sides = (source, destination, *seen.values())
+        tensors = [(list(map(Tensor.data_ptr, side.values())), list(map(_dtype, side.values()))) for side in sides]
         if self._program is None or self._program.tensors != tensors:
             self.read = Ledger(self.tensors, self._count_pieces(_outgoing), self.device)
             self.written = Ledger(self.tensors, self._count_pieces(_incoming), device_of(destination, source))
-            local = [step for copy in self.part.local for step in self._local_steps(copy, source, destination)]
-            rounds = [self._make_round(index, source, destination) for index in range(len(self.part.exchanges))]
-            self._program = _Program(tensors, local, rounds)
+            in_memory = list(self._moves_in_memory(source, destination, seen))
+            rounds = [self._make_round(index, source, destination) for index in range(len(self._exchanges))]
+            self._program = _Program(tensors, bind(in_memory, self._scratch_like), rounds)
             self.read.close()
             self.written.close()
         return self._program
@@ -210,76 +209,90 @@ class Executor:
     def _count_pieces(self, copies_of: Callable[[RankPlan], Iterator[Copy]]) -> int:
         return sum(len(self._pieces(copy)) for copy in copies_of(self.part))
 
-    def _local_steps(self, copy: Copy, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> Iterator[Step]:
-        value, target = _source_box(source, copy), _destination_box(destination, copy)
-        read, written = self._begun_at_source(copy, None), self._begun_at_destination(copy, None)
-        for rows in self._pieces(copy):
-            part = value[rows]
-            if part.dtype is not self.dtype:
-                scratch = self._scratch_like(part)
-                yield partial(scratch.copy_, part)
-                part = scratch
-            yield self.read.summing(read.below(rows.start), part)
-            yield partial(target[rows].copy_, part)
-            yield self.written.summing(written.below(rows.start), target[rows])
+    def _moves_in_memory(self, source: Parameters, destination: Parameters, seen: Mapping[int, Parameters]) -> Iterator[Move]:
+        """Copies within the rank and out of the parameters of others, and a look at what others copy out of this rank's.
 
-    def _make_round(self, index: int, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> _Round:
-        exchange, slot = self.part.exchanges[index], index % LIVE_ROUNDS
-        packed = _messages(exchange.sends, self._buffers[0][slot])
-        spare = _messages(exchange.receives, self._buffers[1][slot])
-        landings = {peer: self._links[peer].landing(exchange.number, room) for peer, room in spare.items()}
+        They go by the memory that is read: the ranks of a machine then read the same bytes at about the same time.
+        """
+        for rank in sorted({self.part.rank, *seen}):
+            moves = self._moves_within(source, destination) if rank == self.part.rank else self._moves_from(rank, seen[rank], destination)
+            yield from sorted(moves, key=lambda move: move.source.data_ptr())
+        for exchange in self.part.exchanges:
+            for peer in self._links.seen:
+                yield from (move for copy in exchange.sends.get(peer, ()) for move in self._reads(copy, exchange.number, source))
+
+    def _moves_from(self, peer: int, theirs: Parameters, destination: Parameters) -> Iterator[Move]:
+        """Copies out of another rank's parameters."""
+        for exchange in self.part.exchanges:
+            for copy in exchange.receives.get(peer, ()):
+                yield from self._writes(copy, exchange.number, _source_box(theirs, copy), destination)
+
+    def _make_round(self, index: int, source: Parameters, destination: Parameters) -> _Round:
+        exchange, slot = self._exchanges[index], index % LIVE_ROUNDS
+        packed, landings = (
+            _messages(side(exchange), buffers[slot]) for side, buffers in zip((_sends, _receives), self._buffers, strict=True)
+        )
         pack = [
-            step
+            move
             for peer, copies in exchange.sends.items()
             for copy, view in zip(copies, self._views(copies, packed[peer]), strict=True)
-            for step in self._pack_steps(copy, view, source, exchange.number)
+            for move in self._reads(copy, exchange.number, source, view)
         ]
         unpack = [
-            step
+            move
             for peer, copies in exchange.receives.items()
             for copy, view in zip(copies, self._views(copies, landings[peer]), strict=True)
-            for step in self._unpack_steps(copy, view, destination, exchange.number)
+            for move in self._writes(copy, exchange.number, view, destination)
         ]
-        return _Round(exchange, slot, pack, packed, landings, unpack)
+        return _Round(exchange, bind(pack, self._scratch_like), packed, landings, bind(unpack, self._scratch_like))
 
-    def _pack_steps(self, copy: Copy, view: Tensor, source: Mapping[str, Tensor], number: int) -> Iterator[Step]:
-        value, read = _source_box(source, copy), self._begun_at_source(copy, number)
-        for rows in self._pieces(copy):
-            yield partial(view[rows].copy_, value[rows])
-            yield self.read.summing(read.below(rows.start), view[rows])
+    def _moves_within(self, source: Parameters, destination: Parameters) -> Iterator[Move]:
+        """Copies within the rank."""
+        for copy in self.part.local:
+            target = _destination_box(destination, copy)
+            reads, writes = self._reads(copy, None, source, target), self._writes(copy, None, target, destination)
+            for move, written in zip(reads, writes, strict=True):
+                yield move._replace(written=written.written)
 
-    def _unpack_steps(self, copy: Copy, view: Tensor, destination: Mapping[str, Tensor], number: int) -> Iterator[Step]:
-        target, written = _destination_box(destination, copy), self._begun_at_destination(copy, number)
+    def _reads(self, copy: Copy, number: int | None, source: Parameters, target: Tensor | None = None) -> Iterator[Move]:
+        """A copy as the reader enters it, piece by piece. What has been read before is only read again to be copied."""
+        value = _source_box(source, copy)
+        place = self._source_places.find(copy.source_parameter, copy.source_start)
+        piece = Piece(place, copy.source_rank, copy.destination_rank, number)
         for rows in self._pieces(copy):
-            yield partial(target[rows].copy_, view[rows])
-            yield self.written.summing(written.below(rows.start), target[rows])
+            slot = self.read.enter(piece.below(rows.start), value[rows].shape)
+            if slot is not None or target is not None:
+                yield Move(value[rows], None if target is None else target[rows], slot, None, self.dtype)
+
+    def _writes(self, copy: Copy, number: int | None, value: Tensor, destination: Parameters) -> Iterator[Move]:
+        """A copy as the writer enters it, piece by piece."""
+        target = _destination_box(destination, copy)
+        place = self._destination_places.find(copy.destination_parameter, copy.destination_start)
+        piece = Piece(place, copy.source_rank, copy.destination_rank, number)
+        for rows in self._pieces(copy):
+            yield Move(value[rows], target[rows], None, self.written.enter(piece.below(rows.start)), self.dtype)
 
     def _pieces(self, copy: Copy) -> list[slice]:
-        """The rows of each piece of a copy, the same for sender and receiver."""
-        rows = copy.size[0]
+        """The rows of each piece of a copy, the same for sender and receiver.
+
+        Cuts lie at fixed rows of the source parameter, so that two copies that share rows share pieces, which are summed once.
+        """
+        first, rows = copy.source_start[0], copy.size[0]
         step = max(1, PIECE_BYTES[self.device.type] * rows // copy.nbytes)
-        return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
-
-    def _begun_at_source(self, copy: Copy, number: int | None) -> Piece:
-        """A copy as the reader enters it, from its first row on."""
-        return Piece(self._source_places.find(copy.source_parameter, copy.source_start), copy.source_rank, copy.destination_rank, number)
-
-    def _begun_at_destination(self, copy: Copy, number: int | None) -> Piece:
-        """A copy as the writer enters it, from its first row on."""
-        place = self._destination_places.find(copy.destination_parameter, copy.destination_start)
-        return Piece(place, copy.source_rank, copy.destination_rank, number)
+        cuts = [0, *range(step - first % step, rows, step), rows]
+        return [slice(begin, end) for begin, end in pairwise(cuts)]
 
     def _views(self, copies: Sequence[Copy], message: Tensor) -> list[Tensor]:
         """The part of a message that belongs to each copy, in the copy's shape."""
         parts = torch.split(message, [copy.nbytes for copy in copies])
         return [part.view(self.dtype).view(copy.size) for copy, part in zip(copies, parts, strict=True)]
 
-    def _scratch_like(self, value: Tensor) -> Tensor:
-        """Room for a piece in the number format of the destination; every piece gets the same room."""
-        nbytes = value.numel() * self.dtype.itemsize
+    def _scratch_like(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Room for a piece in another number format; every piece gets the same room."""
+        nbytes = value.numel() * dtype.itemsize
         if self._scratch.numel() < nbytes:
             self._scratch = new_bytes(nbytes, self.device)
-        return self._scratch[:nbytes].view(self.dtype).view(value.shape)
+        return self._scratch[:nbytes].view(dtype).view(value.shape)
 
 
 def attempt(call: Callable[[], Result], what: str, timeout_s: float) -> Result:
@@ -295,14 +308,25 @@ def attempt(call: Callable[[], Result], what: str, timeout_s: float) -> Result:
         raise RefitError(f"refit: {what} failed or took more than {timeout_s:g} s ({reason}); restart from the last checkpoint.") from error
 
 
-def send_buffer_bytes(part: RankPlan) -> int:
-    """Size of a rank's send buffer for one round."""
-    return max((sum(map(_message_bytes, exchange.sends.values())) for exchange in part.exchanges), default=0)
+def _through(part: RankPlan, links: Links) -> Iterator[Exchange]:
+    """What goes through the process group."""
+    for exchange in part.exchanges:
+        sends, receives = ({peer: copies for peer, copies in side(exchange).items() if peer in links.wires} for side in (_sends, _receives))
+        if sends or receives:
+            yield Exchange(exchange.number, sends, receives)
 
 
-def receive_buffer_bytes(part: RankPlan) -> int:
-    """Size of a rank's receive buffer for one round."""
-    return max((sum(map(_message_bytes, exchange.receives.values())) for exchange in part.exchanges), default=0)
+def _sends(exchange: Exchange) -> Mapping[int, tuple[Copy, ...]]:
+    return exchange.sends
+
+
+def _receives(exchange: Exchange) -> Mapping[int, tuple[Copy, ...]]:
+    return exchange.receives
+
+
+def _room(by_peer: Mapping[int, Sequence[Copy]]) -> int:
+    """Bytes of a buffer for all messages of a round."""
+    return sum(map(_message_bytes, by_peer.values()))
 
 
 def _message_bytes(copies: Sequence[Copy]) -> int:
@@ -340,11 +364,11 @@ def _incoming(part: RankPlan) -> Iterator[Copy]:
     yield from (copy for exchange in part.exchanges for copies in exchange.receives.values() for copy in copies)
 
 
-def _source_box(source: Mapping[str, Tensor], copy: Copy) -> Tensor:
+def _source_box(source: Parameters, copy: Copy) -> Tensor:
     return source[copy.source_parameter].detach()[box_slices(copy.source_start, copy.size)]
 
 
-def _destination_box(destination: Mapping[str, Tensor], copy: Copy) -> Tensor:
+def _destination_box(destination: Parameters, copy: Copy) -> Tensor:
     return destination[copy.destination_parameter].detach()[box_slices(copy.destination_start, copy.size)]
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1z.layout.plan import LIVE_ROUNDS, RankPlan
+from megatron_r1z.layout.plan import RankPlan
 from megatron_r1z.reshard.compare import compare
-from megatron_r1z.reshard.execute import DEFAULT_TIMEOUT_S, Executor, Transfer, device_of, new_bytes, send_buffer_bytes
+from megatron_r1z.reshard.execute import DEFAULT_TIMEOUT_S, Executor, Transfer, device_of
 from megatron_r1z.reshard.links import wires
 
 
@@ -32,8 +32,7 @@ def execute(
         RefitError: a transfer failed or timed out, or what was written is not what was read.
     """
     where = device_of(source, destination) if device is None else device
-    buffers = [new_bytes(send_buffer_bytes(part), where) for _ in range(LIVE_ROUNDS)]
-    executor = Executor(part, dtype, where, wires(part, process_group), buffers, process_group, timeout_s)
+    executor = Executor(part, dtype, where, wires(part, process_group), process_group, timeout_s)
     done = executor(source, destination)
     compare(executor, "the transfer")
     return done

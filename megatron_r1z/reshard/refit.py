@@ -16,8 +16,8 @@ from megatron_r1z.layout.plan import DEFAULT_ROUND_BYTES, Plan
 from megatron_r1z.protocols import Engine
 from megatron_r1z.reshard.compare import compare
 from megatron_r1z.reshard.digest import as_text
-from megatron_r1z.reshard.execute import DEFAULT_TIMEOUT_S, Executor, send_buffer_bytes
-from megatron_r1z.reshard.links import Link, Mailbox, connect
+from megatron_r1z.reshard.execute import DEFAULT_TIMEOUT_S, Executor
+from megatron_r1z.reshard.links import Links, connect
 from megatron_r1z.types import RefitReceipt
 
 ROUND_BYTES = {"cpu": 8 << 20, "cuda": DEFAULT_ROUND_BYTES}
@@ -43,7 +43,7 @@ class Refit:
         dtype: torch.dtype,
         process_group: dist.ProcessGroup | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        links: Callable[[Mapping[int, Link]], Mapping[int, Link]] = lambda links: links,
+        links: Callable[[Links], Links] = lambda links: links,
     ) -> None:
         self._source = source
         self._engine = engine
@@ -51,10 +51,8 @@ class Refit:
         _check_sides(plan, rank, weights, live, dtype)
         device = next(iter((*weights.values(), *live.values())), torch.empty(0)).device
         part = plan.of_rank(rank)
-        self._mailbox = Mailbox(send_buffer_bytes(part), dist.get_world_size(process_group) if dist.is_initialized() else 1, device)
-        connected = connect(plan, part, self._mailbox, process_group) if dist.is_initialized() else {}
-        buffers = [buffer.tensor for buffer in self._mailbox.buffers]
-        self._executor = Executor(part, dtype, device, links(connected), buffers, process_group, timeout_s)
+        found = connect(part, weights, process_group) if dist.is_initialized() else Links({}, {}, None)
+        self._executor = Executor(part, dtype, device, links(found), process_group, timeout_s)
         self._groups = _grouped(self._executor.tensors)
 
     def __call__(self, policy_version: int) -> RefitReceipt:

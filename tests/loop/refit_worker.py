@@ -33,7 +33,7 @@ from megatron_r1z.layout.plan import make_plan
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
-from megatron_r1z.reshard.links import Link
+from megatron_r1z.reshard.links import Links, Seen
 from megatron_r1z.reshard.refit import Refit
 from megatron_r1z.rollout import vllm_engine
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
@@ -105,20 +105,21 @@ def refuse(hand_over: Refit, policy: Any, engine: VllmEngine, plan: Any) -> None
             engine.generate(PROMPTS, SAMPLING, version)
 
 
-def flipping(links: Mapping[int, Link]) -> Mapping[int, Link]:
-    """Every link of rank 0 changes one bit of what it sends."""
-    return {peer: Flipping(link) for peer, link in links.items()} if dist.get_rank() == 0 else links
+def flipping(links: Links) -> Links:
+    """Rank 0 sees one parameter of every other rank as it is not."""
+    return links._replace(seen={peer: Flipping(seen) for peer, seen in links.seen.items()}) if dist.get_rank() == 0 else links  # type: ignore[misc]
 
 
 class Flipping:
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self.landing, self.receive, self.await_arrival = link.landing, link.receive, link.await_arrival
-        self.release, self.await_release = link.release, link.await_release
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
 
-    def send(self, packed: Tensor) -> dist.P2POp | None:
-        packed[-1] ^= 1
-        return self._link.send(packed)
+    def parameters(self, timeout_s: float) -> Mapping[str, Tensor]:
+        found = dict(self._seen.parameters(timeout_s))
+        name = next(name for name in found if name.endswith("mlp.linear_fc2.weight"))
+        found[name] = found[name].clone()
+        found[name].view(torch.uint8).bitwise_xor_(1)
+        return found
 
 
 def packed(settings: Mapping[str, Any], folder: Path) -> None:

@@ -12,19 +12,24 @@ from torch import Tensor
 
 from megatron_r1z.layout.blocks import Block
 from megatron_r1z.reshard.digest import UNTOUCHED, Ledger, Piece, Place, Places, as_text
+from megatron_r1z.reshard.moves import Move, bind
 
 TENSORS = {"a": 0, "b": 1}
 CPU = torch.device("cpu")
 
 
+def no_scratch(_box: Tensor, _dtype: torch.dtype) -> Tensor:
+    raise AssertionError("no number format changes")
+
+
 def digests(pieces: list[tuple[str, tuple[int, ...], Tensor]], skip: int | None = None) -> list[int]:
     """Digest of each tensor after all pieces, but for one, were summed."""
     ledger = Ledger(TENSORS, len(pieces), CPU)
-    steps = [ledger.summing(Piece(Place(name, start), 0, 0, None), box) for name, start, box in pieces]
+    slots = [ledger.enter(Piece(Place(name, start), 0, 0, None)) for name, start, _ in pieces]
     ledger.close()
-    for index, step in enumerate(steps):
-        if index != skip:
-            step()
+    moves = [Move(box, None, slot, None, box.dtype) for (_, _, box), slot in zip(pieces, slots, strict=True)]
+    for step in bind([move for index, move in enumerate(moves) if index != skip], no_scratch):
+        step()
     found: list[int] = ledger.digests().tolist()
     return found
 
@@ -85,12 +90,27 @@ def _odd_factor(tensor: str) -> int:
 
 def test_clear_forgets() -> None:
     ledger = Ledger(TENSORS, 1, CPU)
-    step = ledger.summing(Piece(Place("a", (0,)), 0, 1, 2), torch.ones(8))
+    slot = ledger.enter(Piece(Place("a", (0,)), 0, 1, 2))
     ledger.close()
-    step()
+    assert slot is not None
+    slot.fill_(7)
     assert ledger.listed()[0][1] != UNTOUCHED
     ledger.clear()
     assert ledger.listed() == [(Piece(Place("a", (0,)), 0, 1, 2), UNTOUCHED)]
+
+
+def test_what_goes_to_two_ranks_is_summed_once() -> None:
+    ledger = Ledger(TENSORS, 3, CPU)
+    pieces = [Piece(Place("a", (0, 0)), 0, 1, None), Piece(Place("a", (0, 0)), 0, 2, 4), Piece(Place("a", (0, 0)), 0, 2, 5)]
+    slots = [ledger.enter(piece, size) for piece, size in zip(pieces, [(2, 4), (2, 4), (1, 4)], strict=True)]
+    ledger.close()
+    assert slots[0] is not None
+    assert slots[1] is None
+    assert slots[2] is not None
+    slots[0].fill_(3)
+    slots[2].fill_(5)
+    assert ledger.listed() == list(zip(pieces, [3, 3, 5], strict=True))
+    assert ledger.digests().tolist() == digests([("a", (0, 0), torch.tensor([[3 + 3 + 5]]))])
 
 
 def test_places_by_the_blocks_of_a_layout() -> None:
