@@ -1,0 +1,1 @@
+"""FP8: the numbers (`blocks.py`), and what a recipe asks of machine, model and libraries (`recipes.py`)."""
