@@ -152,7 +152,7 @@ def export_policy(config: TrainConfig | PretrainConfig, weights: Weights, policy
         policy.parameters(),
         dist.get_rank(),
         dist.get_world_size(),
-        DTYPES[config.precision.policy],
+        DTYPES[config.precision.policy_format],
     )
 
 
@@ -204,7 +204,7 @@ def _make_engine(config: TrainConfig | EvaluateConfig) -> VllmEngine:
     return VllmEngine(
         EngineSettings(
             model_folder=config.model.path,
-            dtype=config.precision.engine,
+            dtype=config.precision.engine_format,
             rank=dist.get_rank(),
             num_ranks=dist.get_world_size(),
             tensor_parallel_size=config.rollout.tensor_parallel_size,
@@ -220,7 +220,7 @@ def make_refit(
     config: TrainConfig | EvaluateConfig, weights: Weights, policy: MegatronPolicy, engine: VllmEngine
 ) -> Callable[[int], RefitReceipt]:
     """The hand-over of weights from `policy` to `engine` on this rank, called with the policy version."""
-    dtype = DTYPES[config.precision.engine]
+    dtype = DTYPES[config.precision.engine_format]
     if config.rollout.refit == "gathered":
         return GatheredRefit(WholeTensors(weights.shape, weights.layout, dist.get_rank(), policy.parameters, dtype), engine)
     round_bytes = ROUND_BYTES["cuda" if torch.cuda.is_available() else "cpu"]

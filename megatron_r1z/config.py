@@ -28,6 +28,8 @@ ITEMSIZE = {"bf16": 2, "fp32": 4}
 RewardForm = Literal["auto", "boxed", "answer_tag", "answer_tag_lenient", "think_then_boxed"]
 Algorithm = Literal["drgrpo", "grpo", "rloo", "token_mean"]
 Recompute = Literal["none", "selective", "full"]
+NumberFormat = Literal["fp32", "bf16"]
+Fp8Recipe = Literal["blockwise", "mxfp8", "tensorwise", "delayed"]
 Scalar = str | int | float | bool
 
 
@@ -123,13 +125,52 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """How `precision.policy: fp8` computes the matrix products of the layers; it has no effect otherwise (docs/fp8.md)."""
+
+    recipe: Fp8Recipe = "blockwise"
+    """Where scales come from. `blockwise`: from blocks of 1 x 128 and 128 x 128 (Hopper and newer, and emulated without a GPU); `mxfp8`:
+    from 32 elements (Blackwell); `tensorwise`: from the tensor; `delayed`: from the tensor's history."""
+    param: bool = False
+    """Keep the weights of these products in FP8 alone, beside the optimizer's fp32 ones. Needs a GPU and `optimizer.distributed`."""
+    first_layers_bf16: int = 0
+    """So many layers at the beginning stay in bf16."""
+    last_layers_bf16: int = 0
+    """So many layers at the end stay in bf16."""
+
+    def __post_init__(self) -> None:
+        if self.first_layers_bf16 < 0 or self.last_layers_bf16 < 0:
+            raise ConfigError(
+                f"precision.fp8 leaves {self.first_layers_bf16} layers at the beginning and {self.last_layers_bf16} at the end in bf16; "
+                "both must be at least 0."
+            )
+        if self.recipe == "delayed" and self.first_layers_bf16 + self.last_layers_bf16:
+            raise ConfigError(
+                "precision.fp8: with recipe delayed all layers share one FP8 context; set first_layers_bf16 and last_layers_bf16 to 0."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     """Number formats."""
 
-    policy: Literal["fp32", "bf16"] = "bf16"
-    """Weights and activations of the policy; bf16 keeps fp32 master weights and fp32 gradients."""
-    engine: Literal["fp32", "bf16"] = "bf16"
-    """Weights and activations of the engine."""
+    policy: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Weights and activations of the policy; bf16 keeps fp32 master weights and fp32 gradients. `fp8`: as bf16, but the matrix products of
+    the layers take FP8 operands; embedding, output layer, norms, router and attention stay in bf16."""
+    engine: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Weights and activations of the engine. `fp8`: the matrices of the layers in FP8 blocks, the rest in bf16."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    """See [precision.fp8](#precisionfp8)."""
+
+    @property
+    def policy_format(self) -> NumberFormat:
+        """Of the policy's parameters and of all that is not an operand in FP8."""
+        return "bf16" if self.policy == "fp8" else self.policy
+
+    @property
+    def engine_format(self) -> NumberFormat:
+        """Of the engine's parameters that are not in FP8, and of its activations."""
+        return "bf16" if self.engine == "fp8" else self.engine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,7 +154,7 @@ def _write_hf(conversion: Conversion, shape: ModelShape, layout: Layout, policy:
         policy.parameters(),
         dist.get_rank(),
         dist.get_world_size(),
-        FORMATS[conversion.precision.policy],
+        FORMATS[conversion.precision.policy_format],
         conversion.shard_bytes,
     )
 

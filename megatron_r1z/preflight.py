@@ -15,6 +15,8 @@ from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
 from megatron_r1z.folders import kind_of
+from megatron_r1z.fp8.machine import read_facts
+from megatron_r1z.fp8.recipes import check_policy
 from megatron_r1z.grading.functions import check_reward_function
 from megatron_r1z.hf_files import locate_tensors
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
@@ -115,7 +117,13 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
             "optimizer.distributed keeps state that megatron-core cannot restore from a checkpoint without Transformer Engine or apex; "
             "set optimizer.distributed=false on a machine without a GPU."
         )
+    _check_fp8(config, shape)
     return shape
+
+
+def _check_fp8(config: TrainConfig | PretrainConfig, shape: ModelShape) -> None:
+    if config.precision.policy == "fp8":
+        check_policy(config.precision.fp8, shape, config.parallel, read_facts(), distributed_optimizer=config.optimizer.distributed)
 
 
 def _check_weights(config: AnyConfig, shape: ModelShape) -> None:
@@ -175,7 +183,7 @@ def _check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> N
             f"= {length}, but the model has {shape.max_positions} positions; lower one of them by {length - shape.max_positions}."
         )
     heads = max(1, shape.num_kv_heads // rollout.tensor_parallel_size)
-    needed = 2 * shape.num_layers * heads * shape.head_dim * ITEMSIZE[config.precision.engine] * length
+    needed = 2 * shape.num_layers * heads * shape.head_dim * ITEMSIZE[config.precision.engine_format] * length
     if needed > rollout.kv_cache_bytes:
         raise ConfigError(
             f"rollout.kv_cache_bytes is {rollout.kv_cache_bytes}, but one sequence of {length} tokens needs {needed}; "
@@ -185,6 +193,8 @@ def _check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> N
 
 def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
     """The engine, and how questions are put and graded."""
+    if config.precision.engine == "fp8":
+        raise ConfigError("precision.engine is fp8, which the engine cannot take yet; set precision.engine=bf16.")
     engine_layout(shape, config.parallel.num_ranks, config.rollout.tensor_parallel_size)
     _check_head_size(shape)
     _check_lengths(config, shape)

@@ -51,7 +51,10 @@ def main() -> None:
 
 def page() -> str:
     """The whole page."""
-    sections = [section(name, record) for name, record in all_sections().items()]
+    sections = []
+    for name, record in all_sections().items():
+        sections.append(section(name, record))
+        sections += [f"\n### {name}.{part}\n\n{kind.__doc__}\n\n{table(kind)}" for part, kind in subsections(record).items()]
     sections.append(f"\n## {SOURCES}\n\n{table(config.QuestionSource)}")
     sections.append(f"\n## {EXTRA}\n\n{table(config.ExtraReward)}")
     return INTRODUCTION + "".join(sections)
@@ -66,6 +69,11 @@ def section(name: str, record: type[Any]) -> str:
     """Heading, purpose and table of one section."""
     readers = [f"`{command}`" for command, kind in COMMANDS.items() if name in kind.__annotations__]
     return f"\n## {name}\n\n{record.__doc__} Read by {', '.join(readers)}.\n\n{table(record)}"
+
+
+def subsections(record: type[Any]) -> dict[str, type[Any]]:
+    """Fields of a section that are sections themselves."""
+    return {name: kind for name, kind in typing.get_type_hints(record).items() if dataclasses.is_dataclass(kind)}
 
 
 def table(record: type[Any]) -> str:
@@ -110,7 +118,7 @@ def show_type(hint: Any) -> str:
         config.QuestionSource: "question files, see below",
         config.ExtraReward: "rewards, see below",
     }
-    return names[hint]
+    return names.get(hint, "section")
 
 
 def show_default(item: dataclasses.Field[Any]) -> str:

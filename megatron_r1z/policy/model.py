@@ -97,7 +97,7 @@ def build_chunks(shape: ModelShape, parallel: ParallelConfig, precision: Precisi
 
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
     """Megatron's description of the model and how it is split."""
-    dtype = DTYPES[precision.policy]
+    dtype = DTYPES[precision.policy_format]
     virtual = parallel.virtual_pipeline_size
     return TransformerConfig(
         num_layers=shape.num_layers,

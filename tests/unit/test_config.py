@@ -234,7 +234,16 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
         (["data.train={}"], "data.train must be a list, not {}."),
         (["optimizer.betas=[0.9]"], "optimizer.betas needs 2 entries, not 1."),
         (["algorithm.name=ppo"], "algorithm.name is 'ppo'; it must be one of drgrpo, grpo, rloo, token_mean."),
-        (["precision.policy=fp16"], "precision.policy is 'fp16'; it must be one of fp32, bf16."),
+        (["precision.policy=fp16"], "precision.policy is 'fp16'; it must be one of fp32, bf16, fp8."),
+        (["precision.fp8.recipe=block"], "precision.fp8.recipe is 'block'; it must be one of blockwise, mxfp8, tensorwise, delayed."),
+        (
+            ["precision.fp8.last_layers_bf16=-1"],
+            "precision.fp8 leaves 0 layers at the beginning and -1 at the end in bf16; both must be at least 0.",
+        ),
+        (
+            ["precision.fp8.recipe=delayed", "precision.fp8.first_layers_bf16=1"],
+            "precision.fp8: with recipe delayed all layers share one FP8 context; set first_layers_bf16 and last_layers_bf16 to 0.",
+        ),
         (
             ["parallel.num_ranks=6", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"],
             "parallel: 6 ranks cannot be split into tensor_parallel_size 2 x pipeline_parallel_size 2; make num_ranks a multiple of 4.",

@@ -109,8 +109,10 @@ def test_the_page_of_the_configuration_is_up_to_date() -> None:
 def test_the_page_of_the_configuration_has_every_field() -> None:
     page = read("docs/configuration.md")
     for name, record in load_config_docs().all_sections().items():
-        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-        assert [cell.strip("`") for cell in first_cells(section)[2:]] == [item.name for item in dataclasses.fields(record)]
+        section, *parts = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0].split("\n### ")
+        records = [record, *load_config_docs().subsections(record).values()]
+        for text, described in zip([section, *parts], records, strict=True):
+            assert [cell.strip("`") for cell in first_cells(text)[2:]] == [item.name for item in dataclasses.fields(described)]
 
 
 # --------------------------------------------------------------------------------------------------------------- files, links, tests

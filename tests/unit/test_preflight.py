@@ -87,6 +87,26 @@ def test_nothing_is_written(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+# ----------------------------------------------------------------------------------------------------------------------------- fp8
+
+
+def test_fp8_that_cannot_run_is_refused(folder: Path) -> None:
+    edit_model(folder, hidden_size=192)
+    sentence = refusal(folder, precision={"policy": "fp8"})
+    assert "precision.fp8.recipe blockwise needs multiples of 128 in every matrix of a rank: linear_qkv has" in sentence
+    assert "precision.fp8.param" in refusal(folder, precision={"policy": "fp8", "fp8": {"param": True}})
+    if not torch.cuda.is_available():
+        assert "mxfp8 cannot run here: it needs a GPU, and there is none" in refusal(
+            folder, precision={"policy": "fp8", "fp8": {"recipe": "mxfp8"}}
+        )
+    check_train(train_config(folder, precision={"fp8": {"recipe": "mxfp8"}}))
+    check_train(train_config(folder, precision={"policy": "fp32", "engine": "bf16"}))
+
+
+def test_an_engine_in_fp8_is_refused_until_there_is_one(folder: Path) -> None:
+    assert "precision.engine is fp8" in refusal(folder, precision={"engine": "fp8"})
+
+
 # --------------------------------------------------------------------------------------------------------------------------- model
 
 

@@ -14,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_r1z.fp8.blocks import BLOCK, Quantised, dequantise, quantise_rows, quantise_weight, scale_of_maximum, scale_shape
+from megatron_r1z.fp8.blocks import (
+    BLOCK,
+    Quantised,
+    dequantise,
+    quantise_rows,
+    quantise_weight,
+    round_columns,
+    round_rows,
+    round_weight,
+    scale_of_maximum,
+    scale_shape,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32_MAX = 3.4028234663852886e38
@@ -208,6 +219,39 @@ def test_rows_keep_their_leading_dimensions() -> None:
     assert found.data.shape == (2, 3, 200)
     assert found.scale_inv.shape == (2, 3, 2)
     assert torch.equal(dequantise(found), dequantise(flat).view(2, 3, 200))
+
+
+# --- Rounding without the bytes. ---------------------------------------------------------------------------------------------------------
+
+
+def assert_rounded(values: Tensor) -> None:
+    """All three ways, against the bytes; `equal_nan` because a not-a-number stays one."""
+    for found, quantised in (
+        (round_weight(values), quantise_weight(values)),
+        (round_rows(values), quantise_rows(values)),
+        (round_columns(values).t(), quantise_rows(values.t().contiguous())),
+    ):
+        torch.testing.assert_close(found, dequantise(quantised, values.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(128, 128), (300, 200), (1, 1), (5, 256)])
+def test_rounding_is_quantising_and_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    spread = 4.0 if dtype is not torch.float16 else 1.0
+    assert_rounded(random_values(shape, dtype, seed=sum(shape), spread=spread))
+
+
+@given(st.lists(st.sampled_from(CORNERS) | st.floats(width=32), min_size=1, max_size=5), st.sampled_from(FLOATS[:2]))
+def test_corners_are_rounded_as_they_are_quantised(numbers: list[float], dtype: torch.dtype) -> None:
+    assert_rounded(torch.tensor([numbers], dtype=torch.float64).to(torch.float32).to(dtype))
+
+
+def test_rounding_larger_matrices_is_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = random_values((1000, 384), torch.bfloat16, seed=11)
+    whole = [round_weight(values), round_rows(values), round_columns(values)]
+    monkeypatch.setattr("megatron_r1z.fp8.blocks.TILE_ELEMENTS", 384 * 128)
+    for before, now in zip(whole, [round_weight(values), round_rows(values), round_columns(values)], strict=True):
+        assert torch.equal(now, before)
 
 
 def test_shapes_and_formats() -> None:
