@@ -185,7 +185,7 @@ def make_refit(
     if options.way == "no digests":
         execute.Ledger = Blind  # type: ignore[misc]
     return Refit(
-        plan, options.rank, lambda: weights, engine, DTYPE, links=through_wires if options.way == "process group" else lambda links: links
+        {DTYPE: plan}, options.rank, lambda: weights, engine, links=through_wires if options.way == "process group" else lambda links: links
     )
 
 

@@ -6,9 +6,9 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.initialise import random_weights
 from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
-from megatron_r1z.layout.plan import make_plan
+from megatron_r1z.layout.fp8 import by_format, fp8_matrices, left_out, modules_to_not_convert
+from megatron_r1z.layout.plan import Plan, make_plan
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.metrics import Console, RunLog, SilentLog
@@ -40,6 +41,7 @@ from megatron_r1z.policy.step import Loss
 from megatron_r1z.pretrain import Pretraining, PretrainState, next_token_loss
 from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
+from megatron_r1z.reshard.quantise import QuantisedSource
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.supervisor import StopFlag
@@ -176,7 +178,8 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     _say_sets(log, [*train_sets, *evaluation], config)
     if latest is not None:
         log.say(f"resumed from {latest}: {state.iteration} of {config.algorithm.iterations} iterations done")
-    engine = _make_engine(config)
+    matrices = matrices_in_fp8(config, weights.shape, weights.layout)
+    engine = _make_engine(config, weights.shape, matrices)
     grader = MathGrader(config.grading, config.data.template)
     grader.self_test()
     try:
@@ -185,7 +188,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
             policy=policy,
             engine=engine,
             grader=grader,
-            refit=make_refit(config, weights, policy, engine),
+            refit=make_refit(config, weights, policy, engine, matrices),
             prompts=prompts,
             stop=_stop_strings(config, tokenizer),
             evaluation=evaluation,
@@ -200,7 +203,14 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     engine.close()
 
 
-def _make_engine(config: TrainConfig | EvaluateConfig) -> VllmEngine:
+def matrices_in_fp8(config: TrainConfig | EvaluateConfig, shape: ModelShape, *sources: Layout) -> frozenset[str]:
+    """What an FP8 engine gets in FP8, as far as engine and `sources` can be cut into its blocks; nothing for any other engine."""
+    if config.precision.engine != "fp8":
+        return frozenset()
+    return fp8_matrices(shape, [*sources, _engine_layout(config, shape)], config.precision.bf16_layers(shape.num_layers))
+
+
+def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matrices: Collection[str]) -> VllmEngine:
     return VllmEngine(
         EngineSettings(
             model_folder=config.model.path,
@@ -212,20 +222,33 @@ def _make_engine(config: TrainConfig | EvaluateConfig) -> VllmEngine:
             max_concurrent_sequences=config.rollout.max_concurrent_sequences,
             kv_cache_bytes=config.rollout.kv_cache_bytes,
             seed=config.rollout.seed,
+            not_in_fp8=tuple(modules_to_not_convert(shape, matrices)) if config.precision.engine == "fp8" else None,
         )
     )
 
 
 def make_refit(
-    config: TrainConfig | EvaluateConfig, weights: Weights, policy: MegatronPolicy, engine: VllmEngine
+    config: TrainConfig | EvaluateConfig, weights: Weights, policy: MegatronPolicy, engine: VllmEngine, matrices: Collection[str]
 ) -> Callable[[int], RefitReceipt]:
     """The hand-over of weights from `policy` to `engine` on this rank, called with the policy version."""
-    dtype = DTYPES[config.precision.engine_format]
+    dtype, rank = DTYPES[config.precision.engine_format], dist.get_rank()
     if config.rollout.refit == "gathered":
-        return GatheredRefit(WholeTensors(weights.shape, weights.layout, dist.get_rank(), policy.parameters, dtype), engine)
-    round_bytes = ROUND_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
-    plan = make_plan(weights.layout, _engine_layout(config, weights.shape), dtype.itemsize, round_bytes)
-    return Refit(plan, dist.get_rank(), policy.parameters, engine, dtype)
+        return GatheredRefit(WholeTensors(weights.shape, weights.layout, rank, policy.parameters, dtype), engine)
+    source, destination = (by_format(layout, matrices) for layout in (weights.layout, _engine_layout(config, weights.shape)))
+    if not matrices:
+        return Refit({dtype: _refit_plan(source.plain, destination.plain, dtype)}, rank, policy.parameters, engine)
+    plans = {
+        dtype: _refit_plan(source.plain, destination.plain, dtype),
+        torch.float8_e4m3fn: _refit_plan(source.data, destination.data, torch.float8_e4m3fn),
+        torch.float32: _refit_plan(source.scales, destination.scales, torch.float32),
+    }
+    refit = Refit(plans, rank, QuantisedSource(policy.parameters, source.data.parameters[rank]), engine)
+    names = tuple(left_out(weights.shape, matrices))
+    return lambda policy_version: replace(refit(policy_version), not_in_fp8=names)
+
+
+def _refit_plan(source: Layout, destination: Layout, dtype: torch.dtype) -> Plan:
+    return make_plan(source, destination, dtype.itemsize, ROUND_BYTES["cuda" if torch.cuda.is_available() else "cpu"])
 
 
 def _engine_layout(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> Layout:
@@ -283,8 +306,11 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
     _say_sets(log, sets, config)
     if dist.get_rank() == 0:
         _write_origin(config.folder, config)
-    engine = _make_engine(config)
-    _fill_engine(config, engine)
+    shape = load_shape(config.model.path)
+    sources = [] if config.model.checkpoint is None else [plan_weights(config).layout]
+    matrices = matrices_in_fp8(config, shape, *sources)
+    engine = _make_engine(config, shape, matrices)
+    _fill_engine(config, engine, matrices)
     grader = MathGrader(config.grading, config.data.template)
     grader.self_test()
     sampling = evaluation_sampling(config.evaluation, config.rollout, _stop_strings(config, tokenizer))
@@ -296,13 +322,23 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
     engine.close()
 
 
-def _fill_engine(config: EvaluateConfig, engine: VllmEngine) -> None:
+def _fill_engine(config: EvaluateConfig, engine: VllmEngine, matrices: Collection[str]) -> None:
     """Weights from the model folder straight into the engine, or from a checkpoint by way of a policy that is dropped again."""
     if config.model.checkpoint is not None:
         weights = plan_weights(config)
-        make_refit(config, weights, make_policy(config, weights, temperature=1.0), engine)(EVALUATED)
+        make_refit(config, weights, make_policy(config, weights, temperature=1.0), engine, matrices)(EVALUATED)
         return
     shape = load_shape(config.model.path)
     layout, rank = _engine_layout(config, shape), dist.get_rank()
-    engine.receive(lambda parameters: load_hf_weights(config.model.path, shape, layout, rank, parameters))
+
+    def load(parameters: Mapping[str, torch.Tensor]) -> None:
+        load_hf_weights(config.model.path, shape, layout, rank, parameters)
+
+    def load_and_quantise(parameters: Mapping[str, torch.Tensor]) -> None:
+        whole = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in layout.parameters[rank].items()}
+        load(whole)
+        for name, tensor in QuantisedSource(lambda: whole, by_format(layout, matrices).data.parameters[rank])().items():
+            parameters[name].copy_(tensor)
+
+    engine.receive(load_and_quantise if matrices else load)
     engine.accept(EVALUATED)

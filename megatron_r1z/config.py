@@ -167,6 +167,11 @@ class PrecisionConfig:
         """Of the policy's parameters and of all that is not an operand in FP8."""
         return "bf16" if self.policy == "fp8" else self.policy
 
+    def bf16_layers(self, num_layers: int) -> set[int]:
+        """Layers that an FP8 policy computes in bf16."""
+        last = num_layers - self.fp8.last_layers_bf16
+        return {layer for layer in range(num_layers) if self.policy == "fp8" and not self.fp8.first_layers_bf16 <= layer < last}
+
     @property
     def engine_format(self) -> NumberFormat:
         """Of the engine's parameters that are not in FP8, and of its activations."""

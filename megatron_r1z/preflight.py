@@ -21,6 +21,7 @@ from megatron_r1z.grading.functions import check_reward_function
 from megatron_r1z.hf_files import locate_tensors
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
+from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
 from megatron_r1z.layout.topology import nearly_even
 from megatron_r1z.prompts import load_question_sets, load_tokenizer, make_template
 
@@ -193,15 +194,28 @@ def _check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> N
 
 def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
     """The engine, and how questions are put and graded."""
-    if config.precision.engine == "fp8":
-        raise ConfigError("precision.engine is fp8, which the engine cannot take yet; set precision.engine=bf16.")
-    engine_layout(shape, config.parallel.num_ranks, config.rollout.tensor_parallel_size)
+    _check_fp8_engine(config, shape)
     _check_head_size(shape)
     _check_lengths(config, shape)
     make_template(config.data, load_tokenizer(config.model.path))
     for function in [config.grading.function, *(item.function for item in config.grading.extra)]:
         if function is not None:
             check_reward_function(function)
+
+
+def _check_fp8_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
+    """That the engine can be cut as it should, and in FP8 at least one matrix into blocks."""
+    layout = engine_layout(shape, config.parallel.num_ranks, config.rollout.tensor_parallel_size)
+    if config.precision.engine != "fp8":
+        return
+    if config.rollout.refit == "gathered":
+        raise ConfigError("rollout.refit is gathered, which hands over no FP8; set rollout.refit=planned or precision.engine=bf16.")
+    policy = megatron_layout(shape, config.parallel.topology, 1)
+    if not fp8_matrices(shape, [policy, layout], config.precision.bf16_layers(shape.num_layers)):
+        raise ConfigError(
+            f"precision.engine is fp8, but with hidden size {shape.hidden_size}, head size {shape.head_dim} and feed-forward size "
+            f"{shape.ffn_size} no rank has a matrix that can be cut into blocks of {BLOCK} x {BLOCK}; set precision.engine=bf16."
+        )
 
 
 def _check_same_evaluation(config: EvaluateConfig) -> None:

@@ -13,6 +13,7 @@ def save_receipt(folder: Path, receipt: RefitReceipt) -> None:
     row = {
         "policy_version": receipt.policy_version,
         "bytes": receipt.nbytes,
+        **({"bytes_by_format": dict(receipt.nbytes_by_format), "not_in_fp8": receipt.not_in_fp8} if receipt.nbytes_by_format else {}),
         "seconds": round(receipt.seconds, 6),
         "round_seconds": [round(seconds, 6) for seconds in receipt.round_seconds],
         "digests": dict(receipt.digests),

@@ -175,3 +175,7 @@ class RefitReceipt:
     digests: tuple[tuple[str, str], ...]
     """Each layer (or tensor outside of layers) and its digest, which the policy's and the engine's memory gave alike; 16 hexadecimal
     digits. Empty where the engine cannot be read back."""
+    nbytes_by_format: tuple[tuple[str, int], ...] = ()
+    """The same bytes by number format, where the engine has several: torch's names."""
+    not_in_fp8: tuple[str, ...] = ()
+    """Matrices of the layers that went to an FP8 engine in bf16, because no blocks of 128 x 128 fit them."""

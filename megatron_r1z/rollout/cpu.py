@@ -40,6 +40,9 @@ def prepare_engine(max_model_tokens: int) -> dict[str, Any]:
     import vllm._custom_ops
     import vllm.model_executor.layers.utils
 
+    from megatron_r1z.rollout.fp8_cpu import prefer_emulation
+
+    prefer_emulation()
     vllm._custom_ops._supports_onednn = False
     vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_args, **_kwargs: False
     return {

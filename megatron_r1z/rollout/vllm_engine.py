@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1z.errors import EngineError
+from megatron_r1z.layout.fp8 import quantization_config
 from megatron_r1z.protocols import Result, Sampling
 from megatron_r1z.rollout.cpu import prepare_engine, prepare_import
 from megatron_r1z.types import FinishReason, Group, Prompt, Response
@@ -35,6 +36,8 @@ class EngineSettings:
     max_concurrent_sequences: int
     kv_cache_bytes: int
     seed: int
+    not_in_fp8: tuple[str, ...] | None = None
+    """Linear layers that are not in block FP8 where all others are (`layout/fp8.modules_to_not_convert`); None: nothing is in FP8."""
 
 
 class VllmEngine:
@@ -60,6 +63,7 @@ class VllmEngine:
             disable_log_stats=True,
             weight_transfer_config={"backend": register_receiver()},
             seed=settings.seed,
+            **fp8_options(settings.not_in_fp8),
             **prepare_engine(settings.max_model_tokens),
         )
 
@@ -126,6 +130,11 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine and its process groups, the default group among them; all ranks call this."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def fp8_options(not_in_fp8: Sequence[str] | None) -> dict[str, Any]:
+    """What makes vLLM build linear layers for block FP8 weights, whatever the model's own configuration says."""
+    return {} if not_in_fp8 is None else {"hf_overrides": {"quantization_config": quantization_config(not_in_fp8)}}
 
 
 def _parameters(seed: int, sampling: Sampling) -> Any:

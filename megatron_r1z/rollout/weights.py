@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -111,10 +112,11 @@ def written_parameters(model: nn.Module) -> dict[str, Tensor]:
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Name, layer, name in the layer, and tensor to write; a parameter of two layers is named once."""
     seen: set[int] = set()
-    in_place = not any(map(_has_own_layout, model.modules()))
     for prefix, layer in model.named_modules():
+        if is_deferred_attention_layer(layer):  # what it has are scales of a cache in FP8, no weights
+            continue
         live: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
-        for name, tensor in (live if in_place else live | _recorded(layer)).items():
+        for name, tensor in (live | _recorded(layer) if _has_own_layout(layer) else live).items():
             if id(live.get(name, tensor)) not in seen:
                 seen.add(id(live.get(name, tensor)))
                 yield f"{prefix}.{name}", layer, name, tensor.data

@@ -99,7 +99,7 @@ def make_refit(
     KEPT.append(shared)
     engine = ArrayEngine(parameters(destination, rank, torch.bfloat16))
     plan = make_plan(source, destination, 2, ROUND_BYTES)
-    return Refit(plan, rank, lambda: shared.tensors, engine, torch.bfloat16, timeout_s=timeout_s, links=links), engine, shared.tensors
+    return Refit({torch.bfloat16: plan}, rank, lambda: shared.tensors, engine, timeout_s=timeout_s, links=links), engine, shared.tensors
 
 
 KEPT: list[SharedCopies] = []
@@ -216,7 +216,7 @@ def case_dropped(rank: int, num_ranks: int, folder: Path) -> None:
     assert engine.version is None
     plan = make_plan(megatron_layout(SHAPE, Topology(num_ranks, 2, num_ranks // 2), 8), engine_layout(SHAPE, num_ranks, 1), 2, ROUND_BYTES)
     short = dataclasses.replace(plan, rounds=(*plan.rounds[:-1], plan.rounds[-1][1:]))
-    refit = Refit(short, rank, lambda: parameters(plan.source, rank, torch.bfloat16, checkpoint()), engine, torch.bfloat16, timeout_s=60)
+    refit = Refit({torch.bfloat16: short}, rank, lambda: parameters(plan.source, rank, torch.bfloat16, checkpoint()), engine, timeout_s=60)
     with pytest.raises(RefitError, match=r"refit 3 wrote \d+ of \d+ bytes; restart from the last checkpoint"):
         refit(policy_version=3)
 
@@ -229,7 +229,7 @@ def case_misplaced(rank: int, num_ranks: int, folder: Path) -> None:
     for change in (lambda copy: {"source_start": (copy.source_start[0] - 4,)}, lambda copy: {"destination_start": (0,)}):
         rounds = tuple(tuple(copy._replace(**change(copy)) if copy.tensor == name else copy for copy in copies) for copies in plan.rounds)
         assert rounds != plan.rounds
-        wrong = Refit(dataclasses.replace(plan, rounds=rounds), rank, lambda: weights, engine, torch.bfloat16, timeout_s=60)
+        wrong = Refit({torch.bfloat16: dataclasses.replace(plan, rounds=rounds)}, rank, lambda: weights, engine, timeout_s=60)
         with pytest.raises(
             RefitError, match=r"model.layers.0.self_attn.\w_proj.bias \[\d+\] of rank \d .* arrived on rank \d .* as model.layers.0"
         ):
