@@ -23,6 +23,8 @@ from megatron_r1z.corpus import DocumentStream, load_documents
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.export import load_hf_weights, save_hf
+from megatron_r1z.fp8.machine import read_facts
+from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.initialise import random_weights
 from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout, padded_vocab_size
@@ -176,6 +178,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
         prompts.restore(state.prompts)
     log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
     _say_sets(log, [*train_sets, *evaluation], config)
+    _say_precision(log, config)
     if latest is not None:
         log.say(f"resumed from {latest}: {state.iteration} of {config.algorithm.iterations} iterations done")
     matrices = matrices_in_fp8(config, weights.shape, weights.layout)
@@ -264,6 +267,11 @@ def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | Eva
         log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
 
 
+def _say_precision(log: Console, config: TrainConfig | PretrainConfig) -> None:
+    if config.precision.policy == "fp8":
+        log.say(f"policy: {describe(config.precision.fp8, read_facts())}")
+
+
 def _make_loss(config: TrainConfig) -> Loss:
     low, high = config.algorithm.clip_low, config.algorithm.clip_high
 
@@ -288,6 +296,7 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
         state = PretrainState(**checkpoints.load(latest, policy))
         stream.restore(state.documents)
     log = make_log(folder, config, {"step": state.step if latest else -1})
+    _say_precision(log, config)
     log.say(f"{config.corpus.path}: {len(documents)} documents, {num_dropped} dropped (over {config.corpus.max_document_tokens} tokens)")
     if latest is not None:
         log.say(f"resumed from {latest}: {state.step} of {config.corpus.steps} steps done")

@@ -18,12 +18,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_r1z.config import ParallelConfig, PrecisionConfig, Recompute
+from megatron_r1z.config import Fp8Config, ParallelConfig, PrecisionConfig, Recompute
+from megatron_r1z.fp8.recipes import is_fp8_layer, megatron_fields
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.packing import MicroBatch
+from megatron_r1z.policy.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_r1z.policy.local_layers import PackedAttention, RMSNorm
 from megatron_r1z.policy.logprob import vocab_parallel_logprobs
 
@@ -91,13 +94,15 @@ def has_transformer_engine() -> bool:
 def build_chunks(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, padded_vocab_size: int) -> list[PolicyModel]:
     """The model chunks of this rank, one per virtual pipeline stage, with unset weights."""
     config = transformer_config(shape, parallel, precision)
+    fp8 = precision.fp8 if precision.policy == "fp8" else None
     stages = [None] if parallel.virtual_pipeline_size == 1 else list(range(parallel.virtual_pipeline_size))
-    return [_build_chunk(shape, config, padded_vocab_size, stage) for stage in stages]
+    return [_build_chunk(shape, config, fp8, padded_vocab_size, stage) for stage in stages]
 
 
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
-    """Megatron's description of the model and how it is split."""
+    """Megatron's description of the model and how it is split. Of FP8 it knows where Transformer Engine computes it."""
     dtype = DTYPES[precision.policy_format]
+    fp8 = megatron_fields(precision.fp8) if precision.policy == "fp8" and has_transformer_engine() else {}
     virtual = parallel.virtual_pipeline_size
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -134,6 +139,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         apply_rope_fusion=has_transformer_engine(),
         persist_layer_norm=False,
         **RECOMPUTE[parallel.recompute],
+        **fp8,
     )
 
 
@@ -147,12 +153,14 @@ def _pipeline_layout(chunk_layers: Sequence[int]) -> list[list[str]] | None:
     return chunks
 
 
-def _build_chunk(shape: ModelShape, config: TransformerConfig, padded_vocab_size: int, vp_stage: int | None) -> PolicyModel:
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, fp8: Fp8Config | None, padded_vocab_size: int, vp_stage: int | None
+) -> PolicyModel:
     virtual = {"ignore_virtual": False, "vp_stage": vp_stage}
     scaling = shape.rope_scaling
     chunk = PolicyModel(
         config=config,
-        transformer_layer_spec=_block_spec(shape, config, vp_stage),
+        transformer_layer_spec=_block_spec(shape, config, fp8, vp_stage),
         vocab_size=padded_vocab_size,
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(**virtual),
@@ -168,15 +176,26 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, padded_vocab_size
     return chunk.cuda(torch.cuda.current_device()) if torch.cuda.is_available() else chunk
 
 
-def _block_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def _block_spec(
+    shape: ModelShape, config: TransformerConfig, fp8: Fp8Config | None, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine layers where they can run, the local ones elsewhere."""
     if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage=vp_stage)
+    in_fp8 = [fp8 is not None and is_fp8_layer(fp8, number, shape.num_layers) for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=[_local_layer(shape, in_fp8=here) for here in in_fp8], layer_norm=RMSNorm)
+
+
+def _local_layer(shape: ModelShape, *, in_fp8: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
+    attention, feed_forward = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     attention.core_attention = PackedAttention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm)
+    if in_fp8:
+        attention.linear_qkv = feed_forward.linear_fc1 = Fp8ColumnParallelLinear
+        attention.linear_proj = feed_forward.linear_fc2 = Fp8RowParallelLinear
+    return layer

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.config import Fp8Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.blocks import Layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.topology import Topology
@@ -59,14 +60,21 @@ def parallel_of(task: dict) -> ParallelConfig:
     return ParallelConfig(num_ranks=dist.get_world_size(), **task["parallel"])
 
 
+def precision_of(task: dict) -> PrecisionConfig | SimpleNamespace:
+    """`fp8-fp32`: FP8 operands, everything else in float32, which no configuration offers: bf16 would hide mistakes in its noise."""
+    if task["precision"] == "fp8-fp32":
+        return SimpleNamespace(policy="fp8", policy_format="fp32", fp8=Fp8Config(**task["fp8"]))
+    return PrecisionConfig(policy=task["precision"])
+
+
 def take_steps(task: dict, topology: Topology) -> dict:
     """Load the weights, compute log-probs, take two optimizer steps on the same batch, collect the new weights."""
     settings = Settings(
         ModelConfig(path=task["model"]),
         parallel_of(task),
-        PrecisionConfig(policy=task["precision"]),
+        precision_of(task),
     )
-    optimizer = OptimizerConfig(lr=task["lr"], clip_grad=task["max_norm"], distributed=task["distributed"])
+    optimizer = OptimizerConfig(lr=task["lr"], eps=task["eps"], clip_grad=task["max_norm"], distributed=task["distributed"])
     shape = load_shape(task["model"])
     layout = megatron_layout(shape, topology, 1)
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
@@ -89,9 +97,10 @@ def take_steps(task: dict, topology: Topology) -> dict:
     sampled = dataclasses.replace(batch, micro_batches=tuple(off_engine(item, task["engine_shift_V"]) for item in batch.micro_batches))
     kept = Kept(policy.parameters().values())
     with kept.counted() if task["measures_memory"] else nullcontext():
-        stats = [policy.update(TrainBatch(sampled, old)) for _ in range(2)]
+        stats = [policy.update(TrainBatch(sampled, old)) for _ in range(task["steps"])]
     return {
         "logprob_error": largest_difference(logprobs, batch.micro_batches),
+        "logprob_mean_error": mean_difference(logprobs, batch.micro_batches, topology.tp),
         "steps": [dataclasses.asdict(item) for item in stats],
         "weights": gather(layout, policy.parameters(), shape),
         "micro_batches": len(batch.micro_batches),
@@ -142,6 +151,15 @@ def largest_difference(logprobs: list[Tensor | None], batches: tuple[MicroBatch,
     largest = torch.cat([torch.zeros(1), *differences]).max()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
+
+
+def mean_difference(logprobs: list[Tensor | None], batches: tuple[MicroBatch, ...], tp: int) -> float:
+    """Over all response tokens; tensor-parallel ranks bring the same ones."""
+    pairs = zip(logprobs, batches, strict=True)
+    differences = torch.cat([torch.zeros(0), *((mine - batch.engine_logprobs_R).abs() for mine, batch in pairs if mine is not None)])
+    sums = torch.tensor([differences.double().sum(), differences.numel()], dtype=torch.float64) / tp
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
 
 
 def box(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:

@@ -29,6 +29,8 @@ VOCAB = 311  # no multiple of anything: the vocabulary is padded under tensor pa
 TEMPERATURE = 0.7
 LENGTH_CONSTANT = 100
 LEARNING_RATE = 3e-4
+EPSILON = 1e-8
+STEPS = 2
 CLIP = 0.2
 MAX_NORM = 0.4  # between the first and the second gradient norm: the first is scaled down, the second is not
 
@@ -234,11 +236,22 @@ class KeepFloat64(TorchFunctionMode):
         return func(*args, **{name: wider[arg] if arg is torch.float32 else arg for name, arg in (kwargs or {}).items()})
 
 
-def take_reference_steps(folder: Path, samples: list[Sample], shift_V: Tensor, algorithm: str) -> Reference:
+def take_reference_steps(
+    folder: Path,
+    samples: list[Sample],
+    shift_V: Tensor,
+    algorithm: str,
+    *,
+    prepare: Callable[[torch.nn.Module], None] = lambda _model: None,
+    lr: float = LEARNING_RATE,
+    eps: float = EPSILON,
+    steps: int = STEPS,
+) -> Reference:
     with KeepFloat64():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    prepare(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     with torch.no_grad(), KeepFloat64():
         logprobs = [response_logprobs(model, sample)[0] for sample in samples]
     targets = [torch.tensor(sample.token_ids[sample.prompt_length :]) for sample in samples]
@@ -246,7 +259,7 @@ def take_reference_steps(folder: Path, samples: list[Sample], shift_V: Tensor, a
     old = [(mine.float() + shift_V[target]).double() for mine, target in zip(logprobs, targets, strict=True)]
     engine = [(mine.float() + draw_engine_shifts()[target]).double() for mine, target in zip(logprobs, targets, strict=True)]
     losses, norms, found = [], [], []
-    for _ in range(2):
+    for _ in range(steps):
         optimizer.zero_grad()
         with KeepFloat64():
             news, entropies = zip(*(response_logprobs(model, sample) for sample in samples), strict=True)
@@ -310,6 +323,8 @@ def result_of(
             "temperature": TEMPERATURE,
             "length_constant": LENGTH_CONSTANT,
             "lr": LEARNING_RATE,
+            "eps": EPSILON,
+            "steps": STEPS,
             "max_norm": MAX_NORM,
         }
 
