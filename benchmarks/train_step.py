@@ -178,7 +178,7 @@ def megatron_step(policy: MegatronPolicy, samples: Sequence[Sample], rules: Pack
     """The package's own step."""
 
     def step() -> tuple[float, float]:
-        batch = pack(samples, rules, 0, token_weight=lambda _length: 1.0, denominator=denominator(samples))
+        batch = pack(samples, rules, 0, 0, token_weight=lambda _length: 1.0, denominator=denominator(samples))
         stats = policy.update(TrainBatch(batch))
         return stats.loss, stats.grad_norm
 

@@ -5,8 +5,8 @@
 
 A checkpoint of weights alone (`megatron-r1z convert`) is a folder of its own, with `weights.json` in place of `state.json`.
 
-The tensor-parallel, pipeline-parallel and data-parallel sizes may change between save and load. No random number generator is kept: seeds
-are functions of the run's seed, the iteration and the prompt, and dropout is off.
+The degrees of parallelism may change between save and load. No random number generator is kept: seeds are functions of the run's seed, the
+iteration and the prompt, and dropout is off.
 """
 
 from __future__ import annotations

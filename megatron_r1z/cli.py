@@ -261,8 +261,9 @@ def _start_ranks(
     if not is_supervised():
         check()
     if "RANK" in os.environ:
-        # Of Megatron and vLLM about libraries that this machine does not need, such as apex.
-        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.overrides|megatron_r1z\.policy\.cpu|vllm)")
+        # Of Megatron and vLLM about libraries that this machine does not need, such as apex; of torch about names that Megatron calls.
+        own = r"megatron\.core|torch\.overrides|torch\.distributed\.c10d_logger|megatron_r1z\.policy\.cpu|vllm"
+        warnings.filterwarnings("ignore", module=f"({own})")
         return rank_entry(rank_main, debug=options.debug)
     print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); {purpose}", flush=True)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of vLLM's memory binding; read when a rank imports torch

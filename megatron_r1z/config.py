@@ -63,6 +63,8 @@ class ParallelConfig:
     """Ranks that share every matrix; must divide heads, key-value heads and feed-forward size."""
     pipeline_parallel_size: int = 1
     """Ranks that share the layers; must divide their number, or see `pipeline_layers`."""
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of every sequence, for sequences whose activations do not fit one rank."""
     virtual_pipeline_size: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
     pipeline_layers: tuple[int, ...] = ()
@@ -71,7 +73,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split activations between the tensor-parallel regions over the tensor-parallel ranks."""
     micro_batch_tokens: int = 4096
-    """Upper bound of tokens in one forward pass of one data-parallel rank; a longer sample travels alone."""
+    """Upper bound of tokens in one forward pass of one data-parallel rank, which its context-parallel ranks share; a longer sample travels
+    alone."""
     pad_sequences: bool = False
     """Pad every sequence of a step to the longest one. For comparisons only: packing is the same maths with less work."""
     recompute: Recompute = "none"
@@ -80,11 +83,12 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_ranks", "threads_per_rank", "tensor_parallel_size", "pipeline_parallel_size")
-        _positive(self, "virtual_pipeline_size", "micro_batch_tokens")
+        _positive(self, "context_parallel_size", "virtual_pipeline_size", "micro_batch_tokens")
         if self.num_ranks % self.model_parallel_size:
             raise ConfigError(
                 f"parallel: {self.num_ranks} ranks cannot be split into tensor_parallel_size {self.tensor_parallel_size} x "
-                f"pipeline_parallel_size {self.pipeline_parallel_size}; make num_ranks a multiple of {self.model_parallel_size}."
+                f"pipeline_parallel_size {self.pipeline_parallel_size} x context_parallel_size {self.context_parallel_size}; "
+                f"make num_ranks a multiple of {self.model_parallel_size}."
             )
         if self.virtual_pipeline_size > 1 and self.pipeline_parallel_size == 1:
             raise ConfigError("parallel: virtual_pipeline_size > 1 needs pipeline_parallel_size > 1.")
@@ -98,8 +102,8 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        """Ranks that take a micro-batch together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     @property
     def topology(self) -> Topology:
@@ -109,6 +113,7 @@ class ParallelConfig:
             self.tensor_parallel_size,
             self.pipeline_parallel_size,
             self.virtual_pipeline_size,
+            self.context_parallel_size,
             chunk_layers=self.pipeline_layers,
         )
 

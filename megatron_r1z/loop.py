@@ -206,10 +206,12 @@ def make_batches(samples: Sequence[Sample], run: Run, iteration: int) -> tuple[l
 
 def _pack(run: Run, samples: Sequence[Sample], *, skip_zero_advantage: bool = True) -> GlobalBatch:
     lengths = [sample.response_length for sample in samples]
+    where = run.policy.topology.coordinates(dist.get_rank())
     return pack(
         samples,
         run.policy.packing_rules(),
-        run.policy.topology.coordinates(dist.get_rank()).dp_rank,
+        where.dp_rank,
+        where.cp_rank,
         token_weight=run.objective.token_weight,
         denominator=run.objective.denominator(lengths, run.config.rollout.max_response_tokens),
         skip_zero_advantage=skip_zero_advantage,

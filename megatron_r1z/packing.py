@@ -1,12 +1,15 @@
 """Samples to micro-batches: balanced over data-parallel ranks, packed without padding, one denominator for the whole step.
 
-Shapes: T packed tokens of a micro-batch, R response tokens in it, S sequences, N samples of the step.
+Context-parallel ranks take their parts of the same sequences.
+
+Shapes: T packed tokens of a micro-batch on one rank, R response tokens among them, S sequences, N samples of the step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
@@ -21,23 +24,29 @@ CLOSE = 0.005
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes on one data-parallel rank.
+    """What one forward pass takes on one rank: under context parallelism its part of sequences that several ranks share.
 
     The hidden state at position `rows_R[j]` predicts the response token `targets_R[j]`.
     """
 
     token_ids_T: Tensor
     position_ids_T: Tensor
+    """Within the sequence."""
     cu_seqlens_S1: Tensor
-    """int32, boundaries of the S sequences: 0, ..., T."""
+    """int32, boundaries of the S sequences, the parts of all context-parallel ranks together: 0, ..., cp * T."""
     max_seqlen: int
+    """Of the sequences, all parts together."""
     rows_R: Tensor
     targets_R: Tensor
     advantages_R: Tensor
     weights_R: Tensor
     engine_logprobs_R: Tensor
+    sequences_R: Tensor
+    """Number of the sequence that the token is in."""
+    sample_ids: tuple[str, ...]
+    """Of the sequences that are samples, which come first; those behind them are padding."""
     denominator: int
-    """Its part of the step's denominator D: the parts of all micro-batches and data-parallel ranks add up to D."""
+    """Its part of the step's denominator D: the parts of all micro-batches, data-parallel and context-parallel ranks add up to D."""
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +56,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One data-parallel rank's part of one optimizer step."""
+    """One rank's part of one optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
     num_samples: int
@@ -91,6 +100,8 @@ class PackingRules:
 
     data_parallel_size: int
     micro_batch_tokens: int
+    """Budget of a micro-batch, the parts of all context-parallel ranks together."""
+    context_parallel_size: int = 1
     tokens_multiple: int = 1
     """T is padded up to a multiple of this (tensor-parallel size under sequence parallelism)."""
     micro_batches_multiple: int = 1
@@ -102,49 +113,124 @@ class PackingRules:
     cost: SampleCost = SampleCost()
     """What the data-parallel ranks are balanced by."""
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Every sequence is padded to a multiple of this, so that it can be cut for `context_indices`."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    @property
+    def total_multiple(self) -> int:
+        """The tokens of a micro-batch, the parts of all context-parallel ranks together, are a multiple of this."""
+        return math.lcm(self.sequence_multiple, self.context_parallel_size * self.tokens_multiple)
+
 
 def pack(
     samples: Sequence[Sample],
     rules: PackingRules,
     data_rank: int,
+    context_rank: int,
     *,
     token_weight: Callable[[int], float],
     denominator: int,
     skip_zero_advantage: bool = True,
 ) -> GlobalBatch:
-    """Make `data_rank`'s micro-batches of one optimizer step over `samples`.
+    """Make the micro-batches that one rank takes in an optimizer step over `samples`.
 
-    Every rank computes the whole assignment from the same samples, so nothing is communicated: samples to ranks of about equal cost, then
-    each rank's to the fewest micro-batches within the budget that serve all ranks, of about equal T. Samples with advantage 0 have neither
-    loss nor gradient under any objective of the table: they are left out of the forward pass, and stay in N and D.
+    Every rank computes the whole assignment from the same samples, so nothing is communicated: samples to data-parallel ranks of about
+    equal cost, then each one's to the fewest micro-batches within the budget that serve all, of about equal T; context-parallel ranks
+    share each micro-batch. Samples with advantage 0 have neither loss nor gradient under any objective of the table: they are left out of
+    the forward pass, and stay in N and D.
     """
     trained = [sample for sample in samples if sample.advantage != 0.0 or not skip_zero_advantage]
-    longest = max((len(sample.token_ids) for sample in trained), default=1)
-    width = longest if rules.pad_sequences else 0
-    ranks = _split_samples(trained, rules, width)
-    sizes = [[min(_padded_length(sample, width), rules.micro_batch_tokens) for sample in rank_samples] for rank_samples in ranks]
+    pad = _Padding.of(trained, rules)
+    ranks = _split_samples(trained, rules, pad)
+    sizes = [[min(pad.length(sample), rules.micro_batch_tokens) for sample in rank_samples] for rank_samples in ranks]
     most = max(1, *(_fewest_parts(rank_sizes, rules.micro_batch_tokens) for rank_sizes in sizes))
-    count = -(-most // rules.micro_batches_multiple) * rules.micro_batches_multiple
+    count = _rounded(most, rules.micro_batches_multiple)
     parts = _fill(sizes[data_rank], rules.micro_batch_tokens, count)
     mine = [[ranks[data_rank][index] for index in part] for part in parts]
-    totals = [_num_tokens(members, rules.tokens_multiple, width) for members in mine]
+    totals = [pad.total(members) for members in mine]
     if rules.equal_micro_batches:
         totals = [max(totals)] * count
     micro_batches = tuple(
-        _make_micro_batch(members, total, width, longest, token_weight, denominator if data_rank == 0 and index == 0 else 0)
+        _make_micro_batch(members, total, pad, token_weight, denominator if data_rank == 0 and index == 0 else 0)
         for index, (members, total) in enumerate(zip(mine, totals, strict=True))
     )
+    if rules.context_parallel_size > 1:
+        micro_batches = tuple(_context_part(batch, rules.context_parallel_size, context_rank) for batch in micro_batches)
     return GlobalBatch(micro_batches, len(samples), denominator)
 
 
-def _split_samples(samples: Sequence[Sample], rules: PackingRules, width: int) -> list[list[Sample]]:
+@dataclass(frozen=True)
+class _Padding:
+    """How long sequences and micro-batches become."""
+
+    width: int
+    """No sequence is shorter; 0 under packing."""
+    longest: int
+    """The longest sequence of the step; at least one multiple."""
+    multiple: int
+    """Of every sequence."""
+    total_multiple: int
+    """Of a micro-batch."""
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], rules: PackingRules) -> _Padding:
+        multiple = rules.sequence_multiple
+        longest = _rounded(max((len(sample.token_ids) for sample in samples), default=1), multiple)
+        return cls(longest if rules.pad_sequences else 0, longest, multiple, rules.total_multiple)
+
+    def length(self, sample: Sample) -> int:
+        return _rounded(max(len(sample.token_ids), self.width), self.multiple)
+
+    def total(self, samples: Sequence[Sample]) -> int:
+        """At least one multiple: a micro-batch without samples holds padding only."""
+        return _rounded(max(sum(map(self.length, samples)), 1), self.total_multiple)
+
+
+def _rounded(number: int, multiple: int) -> int:
+    """Up to a multiple."""
+    return -(-number // multiple) * multiple
+
+
+def context_indices(cu_seqlens_S1: Tensor, size: int, rank: int) -> Tensor:
+    """Which packed tokens one of `size` context-parallel ranks holds: int64, ascending.
+
+    Each sequence is cut into 2 * size chunks, of which rank r has chunks r and 2 * size - 1 - r, so that causal attention costs all ranks
+    the same. The cut is that of Transformer Engine (`thd_get_partitioned_indices`), and the one by which megatron-core hands out rotary
+    positions (`rope_utils._get_thd_freqs_on_this_cp_rank`).
+
+    >>> context_indices(torch.tensor([0, 8, 12]), 2, 0).tolist()
+    [0, 1, 6, 7, 8, 11]
+    """
+    starts_S, lengths_S = cu_seqlens_S1[:-1].long(), cu_seqlens_S1.diff().long() // size
+    sequence_T = torch.repeat_interleave(torch.arange(lengths_S.numel(), device=lengths_S.device), lengths_S)
+    offset_T = torch.arange(sequence_T.numel(), device=lengths_S.device) - (starts_S // size)[sequence_T]
+    chunk_T = lengths_S[sequence_T] // 2
+    chunks_before_T = torch.where(offset_T < chunk_T, rank, 2 * (size - 1) - rank)
+    return starts_S[sequence_T] + offset_T + chunk_T * chunks_before_T
+
+
+def _context_part(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
+    """What one of `size` context-parallel ranks takes of a whole micro-batch."""
+    index_T = context_indices(batch.cu_seqlens_S1, size, rank)
+    place = torch.full((batch.num_tokens,), -1)
+    place[index_T] = torch.arange(index_T.numel())
+    is_here_R = place[batch.rows_R] >= 0
+    of_responses = {item.name: getattr(batch, item.name)[is_here_R] for item in fields(batch) if item.name.endswith("_R")}
+    return replace(
+        batch,
+        token_ids_T=batch.token_ids_T[index_T],
+        position_ids_T=batch.position_ids_T[index_T],
+        denominator=batch.denominator if rank == 0 else 0,
+        **of_responses | {"rows_R": place[of_responses["rows_R"]]},
+    )
+
+
+def _split_samples(samples: Sequence[Sample], rules: PackingRules, pad: _Padding) -> list[list[Sample]]:
     """The samples of each data-parallel rank, about the same cost on all."""
-    costs = [rules.cost.of(_padded_length(sample, width), sample.response_length) for sample in samples]
+    costs = [rules.cost.of(pad.length(sample), sample.response_length) for sample in samples]
     return [[samples[index] for index in part] for part in _split(costs, rules.data_parallel_size, sum(costs))]
-
-
-def _padded_length(sample: Sample, width: int) -> int:
-    return max(len(sample.token_ids), width)
 
 
 def _fewest_parts(sizes: Sequence[int], budget: int) -> int:
@@ -228,15 +314,10 @@ def _exchange(sizes: Sequence[int], full: Sequence[int], other: Sequence[int], g
     return min(suitable, key=lambda item: abs(2 * item[0] - gap), default=None)
 
 
-def _num_tokens(samples: Sequence[Sample], multiple: int, width: int) -> int:
-    """T, at least one multiple: a micro-batch without samples holds padding only."""
-    tokens = sum(_padded_length(sample, width) for sample in samples)
-    return max(-(-tokens // multiple), 1) * multiple
-
-
 def _make_micro_batch(
-    samples: Sequence[Sample], total: int, width: int, longest: int, token_weight: Callable[[int], float], denominator: int
+    samples: Sequence[Sample], total: int, pad: _Padding, token_weight: Callable[[int], float], denominator: int
 ) -> MicroBatch:
+    """Whole sequences, `total` tokens."""
     tokens: list[int] = []
     positions: list[int] = []
     boundaries = [0]
@@ -245,18 +326,20 @@ def _make_micro_batch(
     advantages: list[float] = []
     weights: list[float] = []
     engine: list[float] = []
-    for sample in samples:
-        length, padded = sample.response_length, _padded_length(sample, width)
+    sequences: list[int] = []
+    for number, sample in enumerate(samples):
+        length, padded = sample.response_length, pad.length(sample)
         first = len(tokens) + sample.prompt_length - 1
         rows.extend(range(first, first + length))
         targets.extend(sample.token_ids[sample.prompt_length :])
         advantages.extend([sample.advantage] * length)
         weights.extend([token_weight(length)] * length)
         engine.extend(sample.engine_logprobs or [0.0] * length)
+        sequences.extend([number] * length)
         tokens.extend((*sample.token_ids, *[0] * (padded - len(sample.token_ids))))
         positions.extend(range(padded))
         boundaries.append(len(tokens))
-    limit = max((end - start for start, end in pairwise(boundaries)), default=longest)
+    limit = max((end - start for start, end in pairwise(boundaries)), default=pad.longest)
     while len(tokens) < total:  # sequences of padding, in no loss, none longer than a real one
         size = min(limit, total - len(tokens))
         tokens.extend([0] * size)
@@ -272,5 +355,7 @@ def _make_micro_batch(
         advantages_R=torch.tensor(advantages, dtype=torch.float32),
         weights_R=torch.tensor(weights, dtype=torch.float32),
         engine_logprobs_R=torch.tensor(engine, dtype=torch.float32),
+        sequences_R=torch.tensor(sequences, dtype=torch.int64),
+        sample_ids=tuple(sample.sample_id for sample in samples),
         denominator=denominator,
     )

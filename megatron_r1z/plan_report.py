@@ -173,16 +173,16 @@ def _largest_buffers(rounds: Sequence[Mapping[Lane, int]]) -> int:
 def read_policy(text: str) -> Topology:
     """The policy's topology from `tp=8,pp=4,vpp=2`.
 
-    Keys are tp, pp, vpp, ep, etp, dp and layers (of each model chunk, `7:8x14:7`). A degree that is not given is 1, except that etp is tp
-    and dp the smallest that has room for the experts.
+    Keys are tp, pp, vpp, cp, ep, etp, dp and layers (of each model chunk, `7:8x14:7`). A degree that is not given is 1, except that etp is
+    tp and dp the smallest that has room for the experts.
 
     Raises:
         ConfigError: an unknown key, a value that is no number, degrees that cannot be.
     """
     values = _read_keys("--from", text, POLICY_KEYS)
-    tp, pp, ep = (values.get(name, 1) for name in ("tp", "pp", "ep"))
-    dp = values.get("dp", math.lcm(tp, ep * values.get("etp", tp)) // tp)
-    return Topology(tp * pp * dp, tp, pp, values.get("vpp", 1), ep, values.get("etp"), values.get("layers", ()))
+    tp, pp, cp, ep = (values.get(name, 1) for name in ("tp", "pp", "cp", "ep"))
+    dp = values.get("dp", math.lcm(tp * cp, ep * values.get("etp", tp)) // (tp * cp))
+    return Topology(tp * cp * pp * dp, tp, pp, values.get("vpp", 1), cp, ep, values.get("etp"), values.get("layers", ()))
 
 
 def engines_layout(shape: ModelShape, topology: Topology, text: str) -> Layout:
@@ -220,7 +220,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 _DEGREE = _Key(_degree, "a whole number of at least 1")
 POLICY_KEYS: Mapping[str, _Key] = {
-    **dict.fromkeys(("tp", "pp", "vpp", "ep", "etp", "dp"), _DEGREE),
+    **dict.fromkeys(("tp", "pp", "vpp", "cp", "ep", "etp", "dp"), _DEGREE),
     "layers": _Key(_layers, "the layers of each model chunk, such as 7:8x14:7"),
 }
 ENGINE_KEYS: Mapping[str, _Key] = dict.fromkeys(("tp", "engines"), _DEGREE)

@@ -108,6 +108,12 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
             f"the model scales its rotary frequencies by {shape.rope_scaling}; of these Megatron takes the factor only and has "
             f"{MEGATRON_ROPE_SCALING} for the rest."
         )
+    context = config.parallel.context_parallel_size
+    if context > 1 and config.precision.policy == "fp32" and _has_cuda():
+        raise ConfigError(
+            f"parallel.context_parallel_size is {context}, and the attention of Transformer Engine shares sequences in bf16 only; set "
+            "precision.policy=bf16, or context_parallel_size=1."
+        )
     if config.optimizer.offload_to_host and not _has_cuda():
         raise ConfigError(
             "optimizer.offload_to_host moves optimizer state from a GPU to the host's memory, and this machine has no GPU; "

@@ -101,10 +101,12 @@ def make_samples(run: Pretraining, documents: list[Document]) -> list[Sample]:
 
 def make_batch(run: Pretraining, samples: list[Sample]) -> GlobalBatch:
     """One step: every predicted token weighs 1, the denominator is their number over all ranks."""
+    where = run.policy.topology.coordinates(dist.get_rank())
     return pack(
         samples,
         run.policy.packing_rules(),
-        run.policy.topology.coordinates(dist.get_rank()).dp_rank,
+        where.dp_rank,
+        where.cp_rank,
         token_weight=lambda _length: 1.0,
         denominator=max(sum(sample.response_length for sample in samples), 1),
     )

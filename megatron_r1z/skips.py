@@ -47,7 +47,7 @@ class Skips:
 
 def _reason(stats: UpdateStats, samples: Sequence[Sample]) -> str:
     trained = [sample for sample in samples if sample.advantage != 0.0]
-    culprits = [sample.sample_id for sample in trained if sample.token_ids in set(stats.non_finite)]
+    culprits = [sample.sample_id for sample in trained if sample.sample_id in stats.non_finite]
     if culprits:
         return f"the loss was not finite for {len(culprits)} of {len(trained)} samples ({_names(culprits)})"
     return f"the gradient was not finite, over {len(trained)} samples ({_names([sample.sample_id for sample in trained])})"

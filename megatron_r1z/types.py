@@ -157,8 +157,8 @@ class UpdateStats:
     """Response tokens that went through the forward pass."""
     skipped: bool
     """True when a loss or gradient that is not finite left the weights as they were."""
-    non_finite: tuple[tuple[int, ...], ...] = ()
-    """Token ids of the samples whose loss was not finite."""
+    non_finite: tuple[str, ...] = ()
+    """Ids of the samples whose loss was not finite."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class Layout:
     name: str
     blocks: tuple[Block, ...]
     parameters: Mapping[int, Mapping[str, Box]]
-    """Local shape, padding included, by rank and parameter name. Data-parallel copies share one inner mapping."""
+    """Local shape, padding included, by rank and parameter name. Ranks that hold the same weights share one inner mapping."""
 
     def blocks_of(self, rank: int) -> tuple[Block, ...]:
         """The blocks that lie on one rank."""
@@ -315,7 +315,7 @@ def _in_layer(parameters: Sequence[_Parameter], prefix: str, layer: int) -> Iter
 
 
 class _Place(NamedTuple):
-    """What the parameters of a Megatron rank depend on; ranks of one place are data-parallel copies."""
+    """What the parameters of a Megatron rank depend on; ranks of one place are data-parallel or context-parallel copies."""
 
     tp_rank: int
     pp_rank: int

@@ -1,8 +1,8 @@
 """Degrees of parallelism and rank coordinates, in Megatron-core's order.
 
 `parallel_state.initialize_model_parallel` numbers ranks as tp-cp-ep-dp-pp, the first named axis fastest, and it does so twice: once for
-the experts, which know no cp, and once for all other layers, which know no ep. The context-parallel size is 1 here, so a rank is
-`tp_rank + tp * (dp_rank + dp * pp_rank)` and also `etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank))`.
+the experts, which know no cp, and once for all other layers, which know no ep. So a rank is
+`tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))` and also `etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank))`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Coordinates(NamedTuple):
     """Where a rank stands on each axis."""
 
     tp_rank: int
+    cp_rank: int
     dp_rank: int
     pp_rank: int
 
@@ -48,12 +49,12 @@ class Topology:
     """How `num_ranks` ranks are split; the data-parallel size is what the other degrees leave.
 
     >>> Topology(num_ranks=8, tp=2, pp=2).coordinates(5)
-    Coordinates(tp_rank=1, dp_rank=0, pp_rank=1)
+    Coordinates(tp_rank=1, cp_rank=0, dp_rank=0, pp_rank=1)
     >>> Topology(num_ranks=8, tp=2, ep=4, etp=1).expert_coordinates(5)
     ExpertCoordinates(etp_rank=0, ep_rank=1, edp_rank=1)
 
     Raises:
-        ConfigError: a degree below 1, a rank count that tp x pp or etp x ep x pp does not divide, vpp > 1 without pp > 1, or
+        ConfigError: a degree below 1, a rank count that tp x cp x pp or etp x ep x pp does not divide, vpp > 1 without pp > 1, or
             `chunk_layers` without an entry for every model chunk.
     """
 
@@ -62,6 +63,8 @@ class Topology:
     pp: int = 1
     vpp: int = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
+    cp: int = 1
+    """Context-parallel size: ranks that share the tokens of a sequence. They hold the same weights, as data-parallel ranks do."""
     ep: int = 1
     """Expert-parallel size: ranks over which the experts of a layer are spread."""
     etp: int | None = None
@@ -70,10 +73,10 @@ class Topology:
     """Layers of every model chunk in model order, which is chunk `vp_stage * pp + pp_rank`; empty: the same for all."""
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "tp", "pp", "vpp", "ep", "expert_tp"):
+        for name in ("num_ranks", "tp", "pp", "vpp", "cp", "ep", "expert_tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"topology: {name.replace('expert_tp', 'etp')} is {getattr(self, name)}; it must be at least 1.")
-        self._check_ranks({"tp": self.tp, "pp": self.pp})
+        self._check_ranks({"tp": self.tp, "cp": self.cp, "pp": self.pp})
         self._check_ranks({"etp": self.expert_tp, "ep": self.ep, "pp": self.pp})
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(f"topology: vpp is {self.vpp} and pp is 1; virtual pipelining needs pp of at least 2.")
@@ -93,8 +96,8 @@ class Topology:
 
     @property
     def dp(self) -> int:
-        """Data-parallel size: copies of the model."""
-        return self.num_ranks // (self.tp * self.pp)
+        """Data-parallel size: ranks, of those that hold the same weights, that take samples of their own."""
+        return self.num_ranks // (self.tp * self.cp * self.pp)
 
     @property
     def expert_tp(self) -> int:
@@ -117,7 +120,9 @@ class Topology:
             ConfigError: the rank does not exist.
         """
         self._check_exists(rank)
-        return Coordinates(rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp))
+        copies, tp_rank = divmod(rank, self.tp)
+        samples, cp_rank = divmod(copies, self.cp)
+        return Coordinates(tp_rank, cp_rank, samples % self.dp, samples // self.dp)
 
     def expert_coordinates(self, rank: int) -> ExpertCoordinates:
         """Expert coordinates of a global rank; its pipeline rank is that of `coordinates`.
@@ -133,9 +138,9 @@ class Topology:
         if not 0 <= rank < self.num_ranks:
             raise ConfigError(f"topology: rank {rank} does not exist; there are {self.num_ranks} ranks.")
 
-    def rank_of(self, tp_rank: int, dp_rank: int, pp_rank: int) -> int:
+    def rank_of(self, tp_rank: int, cp_rank: int, dp_rank: int, pp_rank: int) -> int:
         """Global rank at these coordinates: the inverse of `coordinates`."""
-        return tp_rank + self.tp * (dp_rank + self.dp * pp_rank)
+        return tp_rank + self.tp * (cp_rank + self.cp * (dp_rank + self.dp * pp_rank))
 
     def chunks(self, num_layers: int, pp_rank: int) -> tuple[Chunk, ...]:
         """The model chunks of a pipeline rank, by `vp_stage` (mcore `transformer_layer.get_transformer_layer_offset`).

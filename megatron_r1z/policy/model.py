@@ -44,7 +44,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
 
     def forward(self, batch: MicroBatch, unpadded_vocab_size: int, temperature: float) -> Tensor:
         """Hidden states [T, 1, H] for the next stage; on the last stage float32 [2, R]: log-probs and entropies of the response tokens."""
-        packed = packed_parameters(batch)
+        packed = packed_parameters(batch, self.config.context_parallel_size)
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=batch.token_ids_T[None], position_ids=batch.position_ids_T[None])
@@ -75,12 +75,20 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
         return copied
 
 
-def packed_parameters(batch: MicroBatch) -> PackedSeqParams:
-    """Megatron's description of the packed sequences of a micro-batch."""
+def packed_parameters(batch: MicroBatch, context_parallel_size: int) -> PackedSeqParams:
+    """Megatron's description of the packed sequences of a micro-batch, whole whatever this rank's part of them.
+
+    Padding at the end of a sequence counts as a part of it: causality keeps it out of all real positions. Transformer Engine's
+    context parallelism asks for boundaries with padding, and the very tensor without means to it that there is none between sequences,
+    which all of its kernels can do (`DotProductAttention.forward`, `pad_between_seqs`).
+    """
+    padded = batch.cu_seqlens_S1 if context_parallel_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens_S1,
         cu_seqlens_kv=batch.cu_seqlens_S1,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
@@ -125,6 +133,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         pipeline_model_parallel_layout=_pipeline_layout(parallel.pipeline_layers),
         sequence_parallel=parallel.sequence_parallel,

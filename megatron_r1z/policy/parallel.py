@@ -29,6 +29,7 @@ def start_megatron(topology: Topology, seed: int) -> None:
             tensor_model_parallel_size=topology.tp,
             pipeline_model_parallel_size=topology.pp,
             virtual_pipeline_model_parallel_size=topology.vpp if topology.vpp > 1 else None,
+            context_parallel_size=topology.cp,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
 

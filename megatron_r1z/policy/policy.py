@@ -96,6 +96,7 @@ class MegatronPolicy:
         return PackingRules(
             data_parallel_size=self.topology.dp,
             micro_batch_tokens=parallel.micro_batch_tokens,
+            context_parallel_size=self.topology.cp,
             tokens_multiple=self.topology.tp if parallel.sequence_parallel else 1,
             micro_batches_multiple=self.topology.pp if self.topology.vpp > 1 else 1,
             equal_micro_batches=self.topology.pp > 1,

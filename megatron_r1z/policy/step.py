@@ -93,8 +93,8 @@ class StepFigures:
     ratio_max: float
     mismatch_max: float
     mismatch_p999: float
-    non_finite: tuple[tuple[int, ...], ...]
-    """Token ids of the samples whose loss was not finite."""
+    non_finite: tuple[str, ...]
+    """Ids of the samples whose loss was not finite."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,10 @@ def _tally(batch: MicroBatch, terms: TokenLosses, entropy_R: Tensor, logprobs_R:
 
 
 def _reduce(parts: Sequence[Tallies]) -> StepFigures:
-    """Over micro-batches and ranks. Only the first tensor-parallel rank of the last stage counts: the others hold nothing or the same."""
+    """Over micro-batches and ranks. Only first tensor-parallel ranks of the last stage count: the others hold nothing or the same.
+
+    Context-parallel ranks hold different tokens, as data-parallel ranks do.
+    """
     counted = parts if parallel_state.get_tensor_model_parallel_rank() == 0 else []
     where = device()
     totals = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=where)
@@ -180,23 +183,17 @@ def largest_values(values: Tensor, count: int) -> Tensor:
     return torch.cat(everyone).topk(count).values
 
 
-def _non_finite_samples(parts: Sequence[Tallies]) -> tuple[tuple[int, ...], ...]:
-    """Over all ranks; only called where every rank knows that the loss is not finite."""
-    mine = [tokens for part in parts for tokens in non_finite_sequences(part.batch, part.losses_R)]
-    everyone: list[list[tuple[int, ...]]] = [[] for _ in range(dist.get_world_size())]
+def _non_finite_samples(parts: Sequence[Tallies]) -> tuple[str, ...]:
+    """Over all ranks, each once; only called where every rank knows that the loss is not finite."""
+    mine = [sample_id for part in parts for sample_id in non_finite_samples(part.batch, part.losses_R)]
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
-    return tuple(tokens for found in everyone for tokens in found)
+    return tuple(dict.fromkeys(sample_id for found in everyone for sample_id in found))
 
 
-def non_finite_sequences(batch: MicroBatch, losses_R: Tensor) -> list[tuple[int, ...]]:
-    """Token ids, without padding, of each sequence of which a token's loss is not finite."""
-    ends, rows = batch.cu_seqlens_S1[1:], batch.rows_R
-    sequence_R = torch.searchsorted(ends, rows.to(ends.dtype), right=True)
-    found = []
-    for index in sorted(set(sequence_R[~losses_R.isfinite()].tolist())):
-        last = rows[sequence_R == index].max() + 1  # a row predicts the token after it
-        found.append(tuple(batch.token_ids_T[batch.cu_seqlens_S1[index] : last + 1].tolist()))
-    return found
+def non_finite_samples(batch: MicroBatch, losses_R: Tensor) -> list[str]:
+    """Ids of the samples of which a token's loss is not finite."""
+    return [batch.sample_ids[number] for number in sorted(set(batch.sequences_R[~losses_R.isfinite()].tolist()))]
 
 
 def _run_schedule(model: Model, work: Sequence[Work], bind: Callable[[Work], Any], *, forward_only: bool) -> list[Any]:
@@ -213,7 +210,7 @@ def _run_schedule(model: Model, work: Sequence[Work], bind: Callable[[Work], Any
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(on_device),
-        seq_length=max(item.batch.num_tokens for item in on_device),
+        seq_length=max(item.batch.num_tokens for item in on_device) * parallel_state.get_context_parallel_world_size(),  # divided again
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

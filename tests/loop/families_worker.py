@@ -53,7 +53,7 @@ def describe_engine(folder: Path) -> dict[str, list[int]]:
 
 
 def describe_policy(task: dict[str, Any]) -> dict[str, Any]:
-    """The chunks of this rank, built by megatron-core with its own local layers, and where it says that the rank stands."""
+    """The chunks of this rank, built by megatron-core with its local layers, and where it says that the rank stands."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -74,6 +74,12 @@ def describe_policy(task: dict[str, Any]) -> dict[str, Any]:
             "experts": sorted(
                 {tuple(getattr(layer.mlp, "local_expert_indices", ())) for chunk in chunks for layer in chunk.decoder.layers}
             ),
+            "coordinates": [
+                parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_context_parallel_rank(),
+                parallel_state.get_data_parallel_rank(),
+                parallel_state.get_pipeline_model_parallel_rank(),
+            ],
             "expert_coordinates": [
                 parallel_state.get_expert_tensor_parallel_rank(),
                 parallel_state.get_expert_model_parallel_rank(),
@@ -90,12 +96,13 @@ def _build_chunk(config: Any, task: dict[str, Any], stage: int | None) -> torch.
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-    from megatron_r1z.policy.local_layers import RMSNorm
+    from megatron_r1z.policy.local_layers import PackedAttention, RMSNorm
 
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm  # mcore's own refuses sequence parallelism on CPU
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention  # and its own attention refuses context parallelism
     if config.qk_layernorm:
         layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.k_layernorm = RMSNorm

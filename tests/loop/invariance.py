@@ -21,7 +21,8 @@ over steps and tensors: absolute for the log-probs of response tokens, relative 
 weights (by the norm of the weight). Every float32 row must be within {bound:g}; a bfloat16 has 8 bits, so its weights are rounded by up
 to 2**-8 = 0.004.
 
-*Split*: tp tensor, pp pipeline, vpp virtual pipeline, dp data parallel, sp sequence parallel; selective and full recompute activations.
+*Split*: tp tensor, pp pipeline, vpp virtual pipeline, cp context, dp data parallel, sp sequence parallel; selective and full recompute
+activations.
 *Batches*: packed into as few micro-batches as fit, or padded to the longest; small ones make several micro-batches. The rows of a
 model differ by the order in which float32 numbers are added, and by nothing else: there is one denominator, known before the first
 forward pass ([algorithms.md](algorithms.md)).

@@ -83,10 +83,12 @@ def take_steps(task: dict, topology: Topology) -> dict:
     policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2), optimizer)
 
     objective = OBJECTIVES[task["algorithm"]]
+    where = topology.coordinates(dist.get_rank())
     batch = pack(
         task["samples"],
         policy.packing_rules(),
-        topology.coordinates(dist.get_rank()).dp_rank,
+        where.dp_rank,
+        where.cp_rank,
         token_weight=objective.token_weight,
         denominator=objective.denominator([sample.response_length for sample in task["samples"]], task["length_constant"]),
     )

@@ -58,7 +58,7 @@ def try_layout(model: str, parallel: dict[str, Any], optimizer: dict[str, Any], 
     decayed = make_policy(settings, OptimizerConfig(lr=0.25, weight_decay=0.5, **optimizer))
     before = copy(decayed)
     results = {
-        "culprit": make_samples({})[3].token_ids,
+        "culprit": make_samples({})[3].sample_id,
         "broken": [step(broken, advantages) for advantages in ({}, {3: math.inf}, {2: NO_FINITE_GRADIENT}, {})],
         "unbroken": [step(unbroken, {}) for _ in range(2)],
         "same_weights": all(torch.equal(one, other) for one, other in zip(copy(broken).values(), copy(unbroken).values(), strict=True)),
@@ -103,8 +103,9 @@ def make_samples(advantages: dict[int, float]) -> list[Sample]:
 
 
 def make_batch(policy: MegatronPolicy, advantages: dict[int, float]) -> GlobalBatch:
-    data_rank = policy.topology.coordinates(dist.get_rank()).dp_rank
-    return pack(make_samples(advantages), policy.packing_rules(), data_rank, token_weight=lambda _length: 1.0, denominator=100)
+    where = policy.topology.coordinates(dist.get_rank())
+    samples = make_samples(advantages)
+    return pack(samples, policy.packing_rules(), where.dp_rank, where.cp_rank, token_weight=lambda _length: 1.0, denominator=100)
 
 
 def copy(policy: MegatronPolicy) -> dict[str, Tensor]:

@@ -56,6 +56,11 @@ CASES: dict[str, tuple[ModelShape, Topology, dict[str, Any]]] = {
     "etp2": (MIXTURE, Topology(NUM_RANKS, ep=2, etp=2), {}),
     "pp2-ep2": (MIXTURE, Topology(NUM_RANKS, pp=2, ep=2), {}),
     "pp2-vpp2-tp2-ep2-etp1": (MIXTURE, Topology(NUM_RANKS, tp=2, pp=2, vpp=2, ep=2, etp=1), {}),
+    "cp4": (SHAPE, Topology(NUM_RANKS, cp=4), {}),
+    "tp2-cp2": (SHAPE, Topology(NUM_RANKS, tp=2, cp=2), {}),
+    "cp2-dp2": (SHAPE, Topology(NUM_RANKS, cp=2), {}),
+    "pp2-cp2": (SHAPE, Topology(NUM_RANKS, pp=2, cp=2), {}),
+    "tp2-cp2-ep4-etp1": (MIXTURE, Topology(NUM_RANKS, tp=2, cp=2, ep=4, etp=1), {}),
     "first-stage": (
         UNEVEN,
         Topology(NUM_RANKS, pp=4, chunk_layers=(1, 2, 2, 2)),
@@ -91,6 +96,7 @@ def task(shape: ModelShape, topology: Topology, uneven: dict[str, Any]) -> dict[
         "tensor_model_parallel_size": topology.tp,
         "pipeline_model_parallel_size": topology.pp,
         "virtual_pipeline_model_parallel_size": topology.vpp if topology.vpp > 1 else None,
+        "context_parallel_size": topology.cp,
         "expert_model_parallel_size": topology.ep,
         "expert_tensor_parallel_size": topology.expert_tp,
     }
@@ -157,6 +163,7 @@ def test_ranks_layers_and_experts_are_where_megatron_core_has_them(policies: dic
         expert = topology.expert_coordinates(rank)
         chunks = topology.chunks(shape.num_layers, topology.coordinates(rank).pp_rank)
         count = shape.num_experts // topology.ep
+        assert built["coordinates"] == list(topology.coordinates(rank))
         assert built["expert_coordinates"] == list(expert)
         assert built["layers"] == [[chunk.layers.start, len(chunk.layers)] for chunk in chunks]
         assert built["experts"] == [list(range(expert.ep_rank * count, (expert.ep_rank + 1) * count))]

@@ -42,6 +42,7 @@ FAMILIES = {
 }
 
 TP2, PP2, SP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
 LAYOUTS = {  # ranks and how they are split
     "tp1": (1, {}),
     "tp2": (2, TP2),
@@ -55,13 +56,32 @@ LAYOUTS = {  # ranks and how they are split
     "tp2-pp2": (4, TP2 | PP2),
     "tp2-sp-pp2": (4, TP2 | SP | PP2),
     "pp2-dp2": (4, PP2),
+    "cp2": (2, CP2),
+    "cp2-distributed-optimizer": (2, CP2),
+    "cp2-dp2": (4, CP2),
+    "cp4": (4, {"context_parallel_size": 4}),
+    "tp2-cp2": (4, TP2 | CP2),
+    "tp2-sp-cp2": (4, TP2 | SP | CP2),
+    "pp2-cp2": (4, PP2 | CP2),
+    "pp2-vpp2-cp2": (4, PP2 | CP2 | {"virtual_pipeline_size": 2}),
     "tp1-selective": (1, {"recompute": "selective"}),
     "tp1-full": (1, {"recompute": "full"}),
     "tp2-sp-pp2-full": (4, TP2 | SP | PP2 | {"recompute": "full"}),
+    "cp2-full": (2, CP2 | {"recompute": "full"}),
 }
 FIVE_LAYERS = ("pp2-vpp2-uneven",)
-RECOMPUTING = {"tp1-selective": "tp1", "tp1-full": "tp1", "tp2-sp-pp2-full": "tp2-sp-pp2"}
+RECOMPUTING = {"tp1-selective": "tp1", "tp1-full": "tp1", "tp2-sp-pp2-full": "tp2-sp-pp2", "cp2-full": "cp2"}
 """Layouts that recompute activations, and those that are the same but for that."""
+CONTEXT_PARALLEL = {
+    "cp2": ("packed", "packed-small", "padded", "padded-small"),
+    "cp2-dp2": ("packed-small",),
+    "tp2-cp2": ("packed-small",),
+    "tp2-sp-cp2": ("packed-small", "padded"),
+    "pp2-cp2": ("packed", "packed-small"),
+}
+"""Layouts with context parallelism that every family has, and their batches."""
+CONTEXT_PARALLEL_TOO = ("cp2-distributed-optimizer", "cp4", "pp2-vpp2-cp2")
+"""Those that one family has."""
 BATCHES = {
     "packed": {"micro_batch_tokens": 4096},
     "packed-small": {"micro_batch_tokens": 128},
@@ -94,11 +114,11 @@ CASES = [
         Case(family, layout, batches)
         for family in ("qwen2", "llama", "qwen3")
         for layout in LAYOUTS
-        if layout not in (*FIVE_LAYERS, *RECOMPUTING)
-        for batches in BATCHES
+        if layout not in (*FIVE_LAYERS, *RECOMPUTING, *CONTEXT_PARALLEL_TOO)
+        for batches in CONTEXT_PARALLEL.get(layout, BATCHES)
     ),
     *(Case("llama-5", layout, batches) for layout in FIVE_LAYERS for batches in BATCHES),
-    *(Case("qwen2", layout, "packed-small") for layout in RECOMPUTING),
+    *(Case("qwen2", layout, "packed-small") for layout in (*CONTEXT_PARALLEL_TOO, *RECOMPUTING)),
     *(Case("qwen2", layout, "packed-small", algorithm) for layout in ("tp2", "pp2-dp2") for algorithm in ("grpo", "token_mean")),
 ]
 BF16 = Case("qwen2", "tp2-pp2", "packed-small", precision="bf16")
@@ -319,7 +339,7 @@ def result_of(
             "algorithm": case.algorithm,
             "precision": case.precision,
             "parallel": LAYOUTS[case.layout][1] | BATCHES[case.batches],
-            "distributed": case.layout == "dp2-distributed-optimizer",
+            "distributed": case.layout.endswith("distributed-optimizer"),
             "temperature": TEMPERATURE,
             "length_constant": LENGTH_CONSTANT,
             "lr": LEARNING_RATE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ LAYOUTS = {
     "dp2": ("parallel.num_ranks=2",),
     "tp2": ("parallel.num_ranks=2", "parallel.tensor_parallel_size=2"),
     "pp2": ("parallel.num_ranks=2", "parallel.pipeline_parallel_size=2"),
+    "cp2": ("parallel.num_ranks=2", "parallel.context_parallel_size=2"),
     "pp2-uneven": ("parallel.num_ranks=2", "parallel.pipeline_parallel_size=2", "parallel.pipeline_layers=[1, 3]"),
 }
 
@@ -26,7 +28,7 @@ LAYOUTS = {
 @pytest.fixture(scope="session")
 def arguments(pretraining: list[str]) -> list[str]:
     short = [f"corpus.steps={STEPS}", "corpus.documents_per_step=32", "optimizer.warmup_steps=2", f"optimizer.decay_steps={STEPS}"]
-    return [*pretraining, *short, "parallel.micro_batch_tokens=256", "checkpoint.every=8"]
+    return [*pretraining, *short, "parallel.micro_batch_tokens=256", "checkpoint.every=8", "checkpoint.keep=2"]
 
 
 @pytest.fixture(scope="session")
@@ -67,12 +69,29 @@ def test_loss_falls(runs: dict[str, Path]) -> None:
     assert rows[-1]["pretrain/loss"] < 0.6 * rows[0]["pretrain/loss"]
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2", "pp2", "pp2-uneven"])
+@pytest.mark.parametrize("name", ["dp2", "tp2", "pp2", "cp2", "pp2-uneven"])
 def test_every_layout_has_the_same_loss_curve(runs: dict[str, Path], name: str) -> None:
     for quantity in ("loss", "grad_norm", "entropy_nats", "trained_tokens", "learning_rate"):
         expected, found = ([row[f"pretrain/{quantity}"] for row in rows_of(runs[layout])] for layout in ("one-rank", name))
         print("differences", name, quantity, max(abs(mine - other) for mine, other in zip(found, expected, strict=True)))
         assert found == pytest.approx(expected, rel=1e-5 if quantity == "loss" else 1e-4)
+
+
+@pytest.mark.parametrize(("first", "second"), [("cp2", "one-rank"), ("tp2", "cp2")])
+def test_context_parallel_ranks_write_and_read_the_same_checkpoints(
+    runs: dict[str, Path], arguments: list[str], cli: Any, tmp_path: Path, first: str, second: str
+) -> None:
+    """Weights, moments and schedule after step 16 give the last four steps under another layout."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs[first], folder)
+    (folder / "checkpoints" / "latest").write_text("step_000016")
+    outcome = cli.run("pretrain", *arguments, *LAYOUTS[second], f"logging.folder={folder}")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert f"step_000016: 16 of {STEPS} steps done" in outcome.stdout
+    found, expected = rows_of(folder)[-4:], rows_of(runs["one-rank"])[-4:]
+    assert [row["step"] for row in found] == [17, 18, 19, 20]
+    for mine, row in zip(found, expected, strict=True):
+        assert mine == pytest.approx(row, rel=1e-4)
 
 
 def test_a_checkpoint_of_uneven_stages_is_read_by_a_rank_that_has_all_layers(runs: dict[str, Path], cli: Any, tmp_path: Path) -> None:

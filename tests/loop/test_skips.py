@@ -22,6 +22,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # of two ran
     "dp2-distributed-optimizer": ({}, {"distributed": True}, "fp32"),
     "tp2": ({"tensor_parallel_size": 2}, {}, "fp32"),
     "pp2": ({"pipeline_parallel_size": 2}, {}, "fp32"),
+    "cp2": ({"context_parallel_size": 2}, {}, "fp32"),
 }
 Results = list[dict[str, Any]]
 
@@ -65,7 +66,7 @@ def test_skipped_steps_leave_weights_moments_and_schedule_as_they_were(results: 
         assert rank[layout]["same_weights"]
 
 
-@pytest.mark.parametrize("layout", ["dp2", "dp2-distributed-optimizer", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["dp2", "dp2-distributed-optimizer", "tp2", "pp2", "cp2"])
 def test_biases_and_norms_are_not_decayed(results: Results, layout: str) -> None:
     """A step whose gradient is 0 does nothing but decay."""
     for rank in results:

@@ -27,6 +27,7 @@ ITERATIONS = 8
 BUDGET = 48
 TP2 = ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=1", "rollout.tensor_parallel_size=2")
 PP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=2")
+CP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1", "parallel.context_parallel_size=2")
 DP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1")
 TWO_ENGINES = ("rollout.tensor_parallel_size=1",)
 TWO_STEPS = ("algorithm.train_batch_size=16", "optimizer.lr=1e-4", "algorithm.clip_low=0.02", "algorithm.clip_high=0.02")
@@ -83,9 +84,9 @@ def resumed(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def two_steps(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """Two iterations of two optimizer steps with two engines, split by layers and by data; the latter as ranks of torchrun."""
+    """Two iterations of two optimizer steps with two engines, split by layers, by tokens and by data; the latter as ranks of torchrun."""
     runs = {}
-    for name, layout, torchrun in (("pp2", PP2, 0), ("dp2", DP2, 2)):
+    for name, layout, torchrun in (("pp2", PP2, 0), ("cp2", CP2, 0), ("dp2", DP2, 2)):
         folder = tmp_path_factory.mktemp(name)
         arguments = [*training, *layout, *TWO_ENGINES, *TWO_STEPS, "algorithm.iterations=2", f"logging.folder={folder}"]
         runs[name] = folder, cli.run("train", *arguments, torchrun=torchrun)
@@ -263,7 +264,7 @@ def test_checkpoint_goes_on_under_another_layout(unbroken: tuple[Path, Any], tra
 # ---------------------------------------------------------------------------------------------------------- several optimizer steps
 
 
-@pytest.mark.parametrize("name", ["pp2", "dp2"])
+@pytest.mark.parametrize("name", ["pp2", "cp2", "dp2"])
 def test_iteration_takes_several_optimizer_steps(two_steps: dict[str, tuple[Path, Any]], name: str) -> None:
     folder, outcome = two_steps[name]
     assert outcome.status == 0, outcome.stderr
@@ -278,10 +279,18 @@ def test_iteration_takes_several_optimizer_steps(two_steps: dict[str, tuple[Path
         assert {sample["step"] for sample in rollouts_of(folder, int(row["iteration"]) - 1)} == {0, 1}
 
 
-def test_layers_or_data_split_over_the_ranks_is_the_same_run(two_steps: dict[str, tuple[Path, Any]]) -> None:
-    by_layers, by_data = (iterations_of(two_steps[name][0])[0] for name in ("pp2", "dp2"))
-    assert by_layers["rollout/reward_mean"] == by_data["rollout/reward_mean"]
-    assert are_close(by_layers, by_data)
+@pytest.mark.parametrize("name", ["pp2", "cp2"])
+def test_layers_or_tokens_or_data_split_over_the_ranks_is_the_same_run(two_steps: dict[str, tuple[Path, Any]], name: str) -> None:
+    mine, by_data = (iterations_of(two_steps[layout][0])[0] for layout in (name, "dp2"))
+    assert mine["rollout/reward_mean"] == by_data["rollout/reward_mean"]
+    assert are_close(mine, by_data)
+    assert mine["update/trained_tokens"] == by_data["update/trained_tokens"]
+
+
+def test_engine_and_policy_agree_on_as_many_tokens_however_they_are_split(two_steps: dict[str, tuple[Path, Any]]) -> None:
+    certificates = [json.loads((folder / "certificate.json").read_text()) for folder, _ in two_steps.values()]
+    assert len({certificate["num_tokens"] for certificate in certificates}) == 1
+    assert all(certificate["max_nats"] < 1e-4 for certificate in certificates)
 
 
 # --------------------------------------------------------------------------------------------------------------------- a rank dies

@@ -104,6 +104,8 @@ def test_the_configurations_of_the_repository_are_accepted(path: Path) -> None:
 def test_the_topology_is_that_of_the_layouts(tmp_path: Path) -> None:
     config = train(tmp_path, "parallel.num_ranks=8", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2")
     assert config.parallel.topology == Topology(8, tp=2, pp=2)
+    context = train(tmp_path, "parallel.num_ranks=8", "parallel.tensor_parallel_size=2", "parallel.context_parallel_size=2")
+    assert context.parallel.topology == Topology(8, tp=2, cp=2)
     uneven = dataclasses.replace(config.parallel, virtual_pipeline_size=2, pipeline_layers=(1, 2, 2, 1))
     assert uneven.topology == Topology(8, tp=2, pp=2, vpp=2, chunk_layers=(1, 2, 2, 1))
 
@@ -246,8 +248,15 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
         ),
         (
             ["parallel.num_ranks=6", "parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"],
-            "parallel: 6 ranks cannot be split into tensor_parallel_size 2 x pipeline_parallel_size 2; make num_ranks a multiple of 4.",
+            "parallel: 6 ranks cannot be split into tensor_parallel_size 2 x pipeline_parallel_size 2 x context_parallel_size 1; "
+            "make num_ranks a multiple of 4.",
         ),
+        (
+            ["parallel.num_ranks=6", "parallel.tensor_parallel_size=2", "parallel.context_parallel_size=2"],
+            "parallel: 6 ranks cannot be split into tensor_parallel_size 2 x pipeline_parallel_size 1 x context_parallel_size 2; "
+            "make num_ranks a multiple of 4.",
+        ),
+        (["parallel.context_parallel_size=0"], "parallel.context_parallel_size is 0; it must be above 0."),
         (["parallel.virtual_pipeline_size=2"], "parallel: virtual_pipeline_size > 1 needs pipeline_parallel_size > 1."),
         (
             [

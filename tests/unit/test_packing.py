@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_r1z.layout.families import ModelShape, layer_tensors
-from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules, SampleCost, pack
+from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules, SampleCost, context_indices, pack
 from megatron_r1z.types import Sample
 
 DENOMINATOR = 321
@@ -50,6 +52,7 @@ RULES = st.builds(
     PackingRules,
     data_parallel_size=st.integers(1, 4),
     micro_batch_tokens=st.integers(1, 100),
+    context_parallel_size=st.integers(1, 3),
     tokens_multiple=st.integers(1, 5),
     micro_batches_multiple=st.integers(1, 3),
     equal_micro_batches=st.booleans(),
@@ -62,12 +65,59 @@ def weight(length: int) -> float:
     return 1.0 / (length + 1)
 
 
-def pack_all(rows: Sequence[Sample], rules: PackingRules, *, skip: bool = True) -> list[GlobalBatch]:
-    """The batch of every data-parallel rank."""
+def pack_parts(rows: Sequence[Sample], rules: PackingRules, *, skip: bool = True) -> list[list[GlobalBatch]]:
+    """The batch of every rank: for each data-parallel rank those of its context-parallel ranks."""
     return [
-        pack(rows, rules, rank, token_weight=weight, denominator=DENOMINATOR, skip_zero_advantage=skip)
-        for rank in range(rules.data_parallel_size)
+        [
+            pack(rows, rules, data_rank, context_rank, token_weight=weight, denominator=DENOMINATOR, skip_zero_advantage=skip)
+            for context_rank in range(rules.context_parallel_size)
+        ]
+        for data_rank in range(rules.data_parallel_size)
     ]
+
+
+def pack_all(rows: Sequence[Sample], rules: PackingRules, *, skip: bool = True) -> list[GlobalBatch]:
+    """The batch of every data-parallel rank, the parts of its context-parallel ranks put together."""
+    return [joined(parts) for parts in pack_parts(rows, rules, skip=skip)]
+
+
+def joined(parts: Sequence[GlobalBatch]) -> GlobalBatch:
+    if len(parts) == 1:
+        return parts[0]
+    assert len({(part.num_samples, part.denominator, len(part.micro_batches)) for part in parts}) == 1
+    together = zip(*(part.micro_batches for part in parts), strict=True)
+    return replace(parts[0], micro_batches=tuple(join_micro_batches(items) for items in together))
+
+
+def join_micro_batches(parts: Sequence[MicroBatch]) -> MicroBatch:
+    """Whole sequences out of parts in which rank r has chunks r and 2 * cp - 1 - r of each."""
+    whole_place = [[-1] * part.num_tokens for part in parts]
+    for start, end in sequences(parts[0]):
+        chunk = (end - start) // (2 * len(parts))
+        for rank in range(len(parts)):
+            first = start // len(parts)
+            for half, number in enumerate((rank, 2 * len(parts) - 1 - rank)):
+                begin = start + number * chunk
+                whole_place[rank][first + half * chunk : first + (half + 1) * chunk] = range(begin, begin + chunk)
+    places = torch.tensor([place for places in whole_place for place in places])
+    rows = torch.cat([torch.tensor(whole_place[rank])[part.rows_R] for rank, part in enumerate(parts)])
+    order = rows.argsort()
+
+    def together(name: str) -> torch.Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    of_responses = ("targets_R", "advantages_R", "weights_R", "engine_logprobs_R", "sequences_R")
+    assert sorted(places.tolist()) == list(range(len(places)))
+    assert all(torch.equal(part.cu_seqlens_S1, parts[0].cu_seqlens_S1) for part in parts)
+    assert len({(part.max_seqlen, part.sample_ids, part.num_tokens) for part in parts}) == 1
+    return replace(
+        parts[0],
+        token_ids_T=together("token_ids_T")[places.argsort()],
+        position_ids_T=together("position_ids_T")[places.argsort()],
+        rows_R=rows[order],
+        denominator=sum(part.denominator for part in parts),
+        **{name: together(name)[order] for name in of_responses},
+    )
 
 
 def micro_batches(batches: Sequence[GlobalBatch]) -> list[MicroBatch]:
@@ -76,6 +126,12 @@ def micro_batches(batches: Sequence[GlobalBatch]) -> list[MicroBatch]:
 
 def sequences(item: MicroBatch) -> list[tuple[int, int]]:
     return list(pairwise(item.cu_seqlens_S1.tolist()))
+
+
+def rounded(length: int, rules: PackingRules) -> int:
+    """A sequence's length as it is cut over context-parallel ranks."""
+    multiple = 2 * rules.context_parallel_size if rules.context_parallel_size > 1 else 1
+    return math.ceil(length / multiple) * multiple
 
 
 def is_padding(item: MicroBatch, start: int, end: int) -> bool:
@@ -95,6 +151,9 @@ def test_every_trained_token_is_there_once_with_what_belongs_to_it(rows: list[Sa
             strict=True,
         )
     )
+    for item in micro_batches(pack_all(rows, rules, skip=skip)):
+        for target, number in zip(item.targets_R.tolist(), item.sequences_R.tolist(), strict=True):
+            assert item.sample_ids[number] == f"{target // 1000 - 1}/0"
     f32 = lambda value: torch.tensor(value, dtype=torch.float32).item()  # noqa: E731
     expected = Counter(
         (target, f32(row.advantage), f32(weight(row.response_length)), f32(logprob))
@@ -136,10 +195,18 @@ def test_numbers_that_all_ranks_must_agree_on(rows: list[Sample], rules: Packing
 
 
 @given(rows=samples(), rules=RULES)
-def test_sizes(rows: list[Sample], rules: PackingRules) -> None:
+def test_sizes_on_a_rank(rows: list[Sample], rules: PackingRules) -> None:
+    """Context-parallel ranks have the same."""
+    for parts in pack_parts(rows, rules):
+        sizes = [[item.num_tokens for item in part.micro_batches] for part in parts]
+        assert all(size > 0 and size % rules.tokens_multiple == 0 for size in sizes[0])
+        assert sizes == [sizes[0]] * rules.context_parallel_size
+
+
+@given(rows=samples(), rules=RULES)
+def test_sizes_of_sequences(rows: list[Sample], rules: PackingRules) -> None:
     for batch in pack_all(rows, rules):
         sizes = [item.num_tokens for item in batch.micro_batches]
-        assert all(size > 0 and size % rules.tokens_multiple == 0 for size in sizes)
         if rules.equal_micro_batches:
             assert len(set(sizes)) == 1
         for item in batch.micro_batches:
@@ -147,6 +214,7 @@ def test_sizes(rows: list[Sample], rules: PackingRules) -> None:
             assert item.cu_seqlens_S1[0] == 0
             assert item.cu_seqlens_S1[-1] == item.num_tokens == item.position_ids_T.numel()
             assert (item.cu_seqlens_S1.diff() > 0).all()
+            assert all(end - start == rounded(end - start, rules) for start, end in sequences(item))
             assert item.max_seqlen == item.cu_seqlens_S1.diff().max()
 
 
@@ -160,25 +228,26 @@ def test_the_budget_is_kept_unless_a_single_sample_exceeds_it(rows: list[Sample]
 @given(rows=samples(), rules=RULES)
 def test_padding_is_never_longer_than_what_is_real(rows: list[Sample], rules: PackingRules) -> None:
     """So that padding asks for no position and no work beyond what the samples need."""
-    longest = max((len(row.token_ids) for row in rows if row.advantage != 0), default=1)
+    longest = rounded(max((len(row.token_ids) for row in rows if row.advantage != 0), default=1), rules)
+    multiple = math.lcm(rounded(1, rules), rules.context_parallel_size * rules.tokens_multiple)
     for item in micro_batches(pack_all(rows, rules)):
         lengths = {True: [0], False: [0]}
         for start, end in sequences(item):
             lengths[is_padding(item, start, end)].append(end - start)
         assert max(lengths[True]) <= (max(lengths[False]) or longest)
         if not rules.equal_micro_batches:
-            assert sum(lengths[True]) < rules.tokens_multiple or len(lengths[False]) == 1
+            assert sum(lengths[True]) < multiple or len(lengths[False]) == 1
 
 
 @given(rows=samples(), rules=RULES)
 def test_padded_sequences_have_the_width_of_the_longest_of_the_step(rows: list[Sample], rules: PackingRules) -> None:
-    longest = max((len(row.token_ids) for row in rows if row.advantage != 0), default=0)
+    longest = rounded(max((len(row.token_ids) for row in rows if row.advantage != 0), default=0), rules)
     for item in micro_batches(pack_all(rows, rules)):
         for start, end in sequences(item):
             if rules.pad_sequences and not is_padding(item, start, end):
                 assert end - start == longest
             elif not is_padding(item, start, end):
-                assert item.token_ids_T[start:end].all()
+                assert end - start == rounded(int(item.token_ids_T[start:end].count_nonzero()), rules)
 
 
 @pytest.mark.parametrize("rows", [[], [make_sample(0, 3, 4, 0.0), make_sample(1, 2, 5, 0.0)]], ids=["no samples", "all zero"])
@@ -199,7 +268,9 @@ def test_samples_without_engine_logprobs_get_zeros() -> None:
 @given(rows=samples(), rules=RULES)
 def test_packing_depends_on_nothing_but_its_arguments(rows: list[Sample], rules: PackingRules) -> None:
     for first, second in zip(micro_batches(pack_all(rows, rules)), micro_batches(pack_all(rows, rules)), strict=True):
-        assert all(torch.equal(torch.as_tensor(first.__dict__[name]), torch.as_tensor(second.__dict__[name])) for name in first.__dict__)
+        for name, value in vars(first).items():
+            same = torch.equal(value, vars(second)[name]) if isinstance(value, torch.Tensor) else value == vars(second)[name]
+            assert same, name
 
 
 def test_old_logprobs_are_those_of_the_same_micro_batches() -> None:
@@ -211,6 +282,41 @@ def test_old_logprobs_are_those_of_the_same_micro_batches() -> None:
     for batch, train_batch in zip(batches, MegatronPolicy.with_old_logprobs(policy, batches), strict=True):
         assert [work.batch for work in train_batch.work()] == list(batch.micro_batches)
         assert all(work.old_logprobs_R is work.batch.engine_logprobs_R for work in train_batch.work())
+
+
+# -------------------------------------------------------------------------------------------------------------- context parallel
+
+
+def test_the_cut_is_transformer_engine_s() -> None:
+    """The example of its test `test_thd_get_partitioned_indices_matches_dual_chunk_expected_indices`, and one with unequal lengths."""
+    equal = torch.tensor([0, 8, 16], dtype=torch.int32)
+    assert context_indices(equal, 2, 0).tolist() == [0, 1, 6, 7, 8, 9, 14, 15]
+    assert context_indices(equal, 2, 1).tolist() == [2, 3, 4, 5, 10, 11, 12, 13]
+    assert context_indices(torch.tensor([0, 6, 18]), 3, 1).tolist() == [1, 4, 8, 9, 14, 15]
+
+
+@given(chunks=st.lists(st.integers(1, 9), min_size=1, max_size=6), size=st.integers(1, 5))
+def test_every_rank_has_as_many_tokens_and_as_many_causal_pairs(chunks: list[int], size: int) -> None:
+    boundaries = torch.tensor([0, *(2 * size * chunk for chunk in chunks)]).cumsum(0)
+    cuts = [context_indices(boundaries, size, rank) for rank in range(size)]
+    assert sorted(torch.cat(cuts).tolist()) == list(range(int(boundaries[-1])))
+    starts = torch.repeat_interleave(boundaries[:-1], boundaries.diff())
+    assert len({(cut.numel(), int((cut - starts[cut]).sum())) for cut in cuts}) == 1
+    assert all((cut.diff() > 0).all() for cut in cuts)
+
+
+def test_a_response_is_cut_where_its_sequence_is() -> None:
+    """3 tokens of prompt and 6 of response, padded to 12: chunks of 3 for two ranks."""
+    row = make_sample(0, 3, 6, 0.875)
+    ((first, second),) = pack_parts([row], PackingRules(1, 64, context_parallel_size=2))
+    (first,), (second,) = first.micro_batches, second.micro_batches
+    assert first.token_ids_T.tolist() == [1000, 1001, 1002, 0, 0, 0]
+    assert first.position_ids_T.tolist() == [0, 1, 2, 9, 10, 11]
+    assert (first.rows_R.tolist(), first.targets_R.tolist()) == ([2], [1003])
+    assert second.token_ids_T.tolist() == list(range(1003, 1009))
+    assert (second.rows_R.tolist(), second.targets_R.tolist()) == ([0, 1, 2, 3, 4], [1004, 1005, 1006, 1007, 1008])
+    assert (first.denominator, second.denominator) == (DENOMINATOR, 0)
+    assert first.cu_seqlens_S1.tolist() == second.cu_seqlens_S1.tolist() == [0, 12]
 
 
 # ------------------------------------------------------------------------------------------------------------- cost and balance
@@ -244,7 +350,8 @@ def test_no_two_ranks_differ_by_more_than_one_sample(rows: list[Sample], rules: 
     batches = pack_all(rows, rules)
     longest = max((len(row.token_ids) for row in rows if row.advantage), default=0)
     width = longest if rules.pad_sequences else 0
-    dearest = max((rules.cost.of(max(len(row.token_ids), width), row.response_length) for row in rows if row.advantage), default=0)
+    trained = [row for row in rows if row.advantage]
+    dearest = max((rules.cost.of(rounded(max(len(row.token_ids), width), rules), row.response_length) for row in trained), default=0)
     loads = costs(batches, rules.cost)
     assert max(loads) - min(loads) <= dearest
 
@@ -350,7 +457,9 @@ def test_little_is_padding_and_ranks_wait_little(name: str, equal: bool, data_pa
     for seed in range(2):
         rows = draw_workload(name, samples_per_rank * data_parallel_size, seed)
         lengths = [len(row.token_ids) for row in rows]
-        rules = PackingRules(data_parallel_size, 3 * max(lengths), 2, equal_micro_batches=equal, cost=SampleCost.of_model(DENSE))
+        rules = PackingRules(
+            data_parallel_size, 3 * max(lengths), tokens_multiple=2, equal_micro_batches=equal, cost=SampleCost.of_model(DENSE)
+        )
         batches = pack_all(rows, rules)
         assert sum(lengths) / sum(item.num_tokens for item in micro_batches(batches)) >= 0.97  # measured: 0.99
         loads = costs(batches, rules.cost)

@@ -41,6 +41,8 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
         ("dp=3, tp=2", Topology(6, tp=2)),
         ("tp=8,pp=16,layers=7:8x14:7", Topology(128, tp=8, pp=16, chunk_layers=(7, *[8] * 14, 7))),
         ("tp=2,ep=4", Topology(8, tp=2, ep=4)),
+        ("tp=2,cp=4,dp=3", Topology(24, tp=2, cp=4)),
+        ("tp=2,cp=2,ep=8", Topology(16, tp=2, cp=2, ep=8)),
         ("tp=2,pp=2,ep=4,etp=1", Topology(8, tp=2, pp=2, ep=4, etp=1)),
     ],
 )

@@ -138,6 +138,16 @@ def test_there_are_more_chunks_than_layers(folder: Path) -> None:
     assert sentence.endswith("; lower parallel.pipeline_parallel_size or parallel.virtual_pipeline_size to at most 3 chunks.")
 
 
+def test_context_parallelism_on_a_gpu_needs_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's kernels for it have 16 bits; the attention for a CPU computes in any format."""
+    parallel, policy = {"num_ranks": 2, "context_parallel_size": 2}, {"policy": "fp32"}
+    check_train(train_config(folder, parallel=parallel, precision=policy))
+    monkeypatch.setattr(preflight, "_has_cuda", lambda: True)
+    check_train(train_config(folder, parallel=parallel, precision={"policy": "bf16"}))
+    sentence = refusal(folder, parallel=parallel, precision=policy)
+    assert sentence.startswith("parallel.context_parallel_size is 2, and the attention of Transformer Engine")
+
+
 def test_there_is_no_gpu_to_offload_from(folder: Path) -> None:
     sentence = refusal(folder, optimizer={"distributed": True, "offload_to_host": True})
     assert sentence.endswith("this machine has no GPU; set optimizer.offload_to_host=false.")

@@ -32,7 +32,7 @@ TAKEN = UpdateStats(
 )
 SAMPLES = [Sample(f"{index}/0", (index, 7, 8), 1, 0.5 if index else 0.0, (), 0) for index in range(12)]
 NO_GRADIENT = replace(TAKEN, grad_norm=math.inf, skipped=True)
-NO_LOSS = replace(NO_GRADIENT, loss=math.nan, non_finite=((3, 7, 8), (9, 7, 8)))
+NO_LOSS = replace(NO_GRADIENT, loss=math.nan, non_finite=("9/0", "3/0"))
 
 
 def test_a_step_that_was_taken_has_nothing_to_tell() -> None:

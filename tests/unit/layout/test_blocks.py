@@ -168,6 +168,14 @@ def test_engines_are_consecutive_ranks_and_data_parallel_copies_are_equal() -> N
     assert placed[0] == placed[2] != placed[1] == placed[3]
 
 
+@pytest.mark.parametrize("shape", [SHAPE, MIXTURE], ids=["dense", "mixture"])
+def test_context_parallel_ranks_hold_what_data_parallel_ranks_do(shape: ModelShape) -> None:
+    by_data = megatron_layout(shape, Topology(16, tp=2, pp=2), 1)
+    by_context = megatron_layout(shape, Topology(16, tp=2, pp=2, cp=4), 1)
+    assert by_context == by_data
+    assert all(by_context.parameters[rank] is by_context.parameters[rank % 2 + rank // 8 * 8] for rank in range(16))
+
+
 def test_writers_are_balanced() -> None:
     layout = hf_layout(SHAPE, 3)
     sizes = [sum(covered(layout.blocks_of(writer)).values()) for writer in range(3)]

@@ -161,12 +161,13 @@ def random_policy(choose: Choose, shape: ModelShape) -> Layout:
     pp, vpp = choose([(pp, vpp) for pp, vpp in ((1, 1), (2, 1), (2, 2), (4, 1)) if num_ranks % pp == 0])
     sizes = [size for size in (1, 2, 4) if (num_ranks // pp) % size == 0]
     tp = choose([size for size in sizes if shape.num_kv_heads % size == 0])
+    cp = choose([size for size in sizes if (num_ranks // pp) % (tp * size) == 0])
     ep, etp = 1, None
     if shape.num_experts:
         ep, etp = choose(
             [(ep, etp) for ep in sizes for etp in sizes if shape.num_experts % ep == 0 and (num_ranks // pp) % (ep * etp) == 0]
         )
-    topology = Topology(num_ranks, tp, pp, vpp, ep, etp, random_sizes(choose, shape.num_layers, pp * vpp))
+    topology = Topology(num_ranks, tp, pp, vpp, cp, ep, etp, random_sizes(choose, shape.num_layers, pp * vpp))
     return megatron_layout(shape, topology, choose([1, 3, 16]), choose(["local", "te"]))
 
 

@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.topology import ExpertCoordinates, Topology
@@ -15,14 +17,25 @@ from megatron_r1z.plan_report import read_policy
 def test_tp_is_the_fastest_axis_and_pp_the_slowest() -> None:
     topology = Topology(num_ranks=8, tp=2, pp=2)
     assert topology.dp == 2
-    found = [tuple(topology.coordinates(rank)) for rank in range(8)]
+    found = [(where.tp_rank, where.dp_rank, where.pp_rank) for where in map(topology.coordinates, range(8))]
     assert found == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
 
 
-@pytest.mark.parametrize(("num_ranks", "tp", "pp"), [(1, 1, 1), (8, 2, 2), (12, 3, 2), (64, 8, 4)])
-def test_rank_of_inverts_coordinates(num_ranks: int, tp: int, pp: int) -> None:
-    topology = Topology(num_ranks, tp, pp)
-    assert [topology.rank_of(*topology.coordinates(rank)) for rank in range(num_ranks)] == list(range(num_ranks))
+def test_cp_is_the_axis_after_tp() -> None:
+    topology = Topology(num_ranks=16, tp=2, pp=2, cp=2)
+    assert topology.dp == 2
+    expected = [(tp, cp, dp, pp) for pp in range(2) for dp in range(2) for cp in range(2) for tp in range(2)]
+    assert [tuple(topology.coordinates(rank)) for rank in range(16)] == expected
+
+
+@given(tp=st.integers(1, 4), cp=st.integers(1, 4), dp=st.integers(1, 4), pp=st.integers(1, 4))
+def test_rank_of_inverts_coordinates(tp: int, cp: int, dp: int, pp: int) -> None:
+    topology = Topology(tp * cp * dp * pp, tp, pp, cp=cp)
+    assert topology.dp == dp
+    places = [topology.coordinates(rank) for rank in range(topology.num_ranks)]
+    assert [topology.rank_of(*place) for place in places] == list(range(topology.num_ranks))
+    for axis, size in enumerate((tp, cp, dp, pp)):
+        assert {place[axis] for place in places} == set(range(size))
 
 
 def test_chunks_interleave() -> None:
@@ -84,7 +97,9 @@ def test_the_example_of_an_error_works(num_layers: int) -> None:
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"num_ranks": 6, "tp": 2, "pp": 2}, r"6 ranks cannot be split into tp 2 x pp 2.*multiple of 4"),
+        ({"num_ranks": 6, "tp": 2, "pp": 2}, r"6 ranks cannot be split into tp 2 x cp 1 x pp 2.*multiple of 4"),
+        ({"num_ranks": 6, "tp": 2, "cp": 2}, r"6 ranks cannot be split into tp 2 x cp 2 x pp 1.*multiple of 4"),
+        ({"num_ranks": 4, "cp": 0}, r"cp is 0"),
         ({"num_ranks": 0}, r"num_ranks is 0"),
         ({"num_ranks": 4, "tp": -1}, r"tp is -1"),
         ({"num_ranks": 2, "vpp": 2}, r"vpp is 2 and pp is 1"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +76,31 @@ def test_packed_attention_is_attention_of_each_sequence(
     gradients = torch.autograd.grad((found * weights).sum(), inputs)
     for gradient, reference in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_context_parallel_ranks_attend_as_one_does(run_ranks: Callable[..., None], tmp_path: Path, num_ranks: int) -> None:
+    """Outputs and the gradients of queries, keys and values, of which other ranks' tokens have a share."""
+    draw, cases = random.Random(num_ranks), []
+    for seed, heads in enumerate([(1, 1), (4, 4), (4, 2), (6, 1)]):
+        lengths = [2 * num_ranks * draw.randint(1, 6) for _ in range(draw.randint(1, 4))]
+        inputs = make_inputs(seed, lengths, *heads)
+        weights = torch.randn(sum(lengths), heads[0] * HEAD_DIM, generator=torch.Generator().manual_seed(seed + 9), dtype=torch.float64)
+        cases.append({"lengths": lengths, "inputs": [item.detach() for item in inputs], "weights": weights})
+    torch.save(cases, tmp_path / "cases.pt")
+    run_ranks(Path(__file__).with_name("context_ranks.py"), num_ranks, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(num_ranks)]
+    for number, case in enumerate(cases):
+        inputs = [item.requires_grad_() for item in case["inputs"]]
+        boundaries = pairwise(torch.tensor([0, *case["lengths"]]).cumsum(0).tolist())
+        expected = torch.cat([textbook(*(item[start:end] for item in inputs), 1 / math.sqrt(HEAD_DIM)) for start, end in boundaries])
+        gradients = torch.autograd.grad((expected * case["weights"]).sum(), inputs)
+        found = [rank[number] for rank in ranks]
+        order = torch.cat([part["index"] for part in found]).argsort()
+        torch.testing.assert_close(torch.cat([part["output"] for part in found])[order], expected, rtol=1e-10, atol=1e-12)
+        for name, gradient in enumerate(gradients):
+            mine = torch.cat([part["gradients"][name] for part in found])[order]
+            torch.testing.assert_close(mine, gradient, rtol=1e-10, atol=1e-12)
 
 
 def make_config(**fields: Any) -> Any:

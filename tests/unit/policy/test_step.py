@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("megatron.core")
 
 from megatron_r1z.packing import PackingRules, pack
-from megatron_r1z.policy.step import non_finite_sequences, tail_size
+from megatron_r1z.policy.step import non_finite_samples, tail_size
 from megatron_r1z.types import Sample
 
 NUM_RANKS = 3
@@ -47,22 +47,28 @@ def test_the_largest_values_of_all_ranks(run_ranks: Callable[..., None], tmp_pat
     assert all(result[-1].isnan().all() for result in results)
 
 
-@given(lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8), data=st.data(), padded=st.booleans())
-def test_the_samples_with_a_loss_that_is_not_finite_are_found_by_their_tokens(
-    lengths: list[tuple[int, int]], data: st.DataObject, padded: bool
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8),
+    data=st.data(),
+    padded=st.booleans(),
+    cp=st.integers(1, 3),
+)
+def test_the_samples_with_a_loss_that_is_not_finite_are_found(
+    lengths: list[tuple[int, int]], data: st.DataObject, padded: bool, cp: int
 ) -> None:
+    """By the context-parallel rank that holds such a token."""
     samples = [
         Sample(f"0/{index}", tuple(range(20 * index + 1, 20 * index + 1 + prompt + response)), prompt, 1.0, (0.0,) * response, 0)
         for index, (prompt, response) in enumerate(lengths)
     ]
     bad = data.draw(st.sets(st.sampled_from(range(len(samples)))))
-    rules = PackingRules(1, 40, tokens_multiple=4, pad_sequences=padded)
-    batch = pack(samples, rules, 0, token_weight=lambda _length: 1.0, denominator=1)
+    rules = PackingRules(1, 40, cp, tokens_multiple=4, pad_sequences=padded)
+    ranks = [pack(samples, rules, 0, rank, token_weight=lambda _length: 1.0, denominator=1) for rank in range(cp)]
     found = []
-    for item in batch.micro_batches:
+    for item in (item for batch in ranks for item in batch.micro_batches):
         losses = torch.ones(item.targets_R.numel())
         for index in bad:  # one token of each is enough
             first_tokens = (item.targets_R == samples[index].token_ids[samples[index].prompt_length]).nonzero()
             losses[first_tokens] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
-        found += non_finite_sequences(item, losses)
-    assert sorted(found) == sorted(samples[index].token_ids for index in bad)
+        found += non_finite_samples(item, losses)
+    assert sorted(found) == sorted(samples[index].sample_id for index in bad)
