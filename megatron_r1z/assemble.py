@@ -30,7 +30,6 @@ from megatron_r1z.initialise import random_weights
 from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import by_format, fp8_matrices, left_out, modules_to_not_convert
-from megatron_r1z.layout.plan import Plan, make_plan
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.metrics import Console, RunLog, SilentLog
@@ -43,7 +42,7 @@ from megatron_r1z.policy.step import Loss
 from megatron_r1z.pretrain import Pretraining, PretrainState, next_token_loss
 from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
-from megatron_r1z.reshard.quantise import QuantisedSource
+from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.supervisor import StopFlag
@@ -237,21 +236,14 @@ def make_refit(
     dtype, rank = DTYPES[config.precision.engine_format], dist.get_rank()
     if config.rollout.refit == "gathered":
         return GatheredRefit(WholeTensors(weights.shape, weights.layout, rank, policy.parameters, dtype), engine)
-    source, destination = (by_format(layout, matrices) for layout in (weights.layout, _engine_layout(config, weights.shape)))
+    round_bytes = ROUND_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
+    plans = plans_by_format(weights.layout, _engine_layout(config, weights.shape), matrices, dtype, round_bytes)
     if not matrices:
-        return Refit({dtype: _refit_plan(source.plain, destination.plain, dtype)}, rank, policy.parameters, engine)
-    plans = {
-        dtype: _refit_plan(source.plain, destination.plain, dtype),
-        torch.float8_e4m3fn: _refit_plan(source.data, destination.data, torch.float8_e4m3fn),
-        torch.float32: _refit_plan(source.scales, destination.scales, torch.float32),
-    }
-    refit = Refit(plans, rank, QuantisedSource(policy.parameters, source.data.parameters[rank]), engine)
+        return Refit(plans, rank, policy.parameters, engine)
+    names_in_fp8 = plans[torch.float8_e4m3fn].source.parameters[rank]
+    refit = Refit(plans, rank, QuantisedSource(policy.parameters, names_in_fp8), engine)
     names = tuple(left_out(weights.shape, matrices))
     return lambda policy_version: replace(refit(policy_version), not_in_fp8=names)
-
-
-def _refit_plan(source: Layout, destination: Layout, dtype: torch.dtype) -> Plan:
-    return make_plan(source, destination, dtype.itemsize, ROUND_BYTES["cuda" if torch.cuda.is_available() else "cpu"])
 
 
 def _engine_layout(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> Layout:

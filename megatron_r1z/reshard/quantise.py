@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_r1z.fp8.blocks import quantise_weight, scale_shape
-from megatron_r1z.layout.fp8 import SCALES
+from megatron_r1z.fp8.blocks import BLOCK, Quantised, quantise_weight, scale_shape
+from megatron_r1z.layout.blocks import Layout
+from megatron_r1z.layout.fp8 import SCALES, by_format
+from megatron_r1z.layout.plan import Plan, make_plan
 from megatron_r1z.shared_memory import SharedCopies
+
+
+def plans_by_format(
+    source: Layout, destination: Layout, matrices: Collection[str], dtype: torch.dtype, round_bytes: int
+) -> dict[torch.dtype, Plan]:
+    """The plans of a `Refit`: one if no matrix goes over in FP8, otherwise one for each number format.
+
+    Args:
+        source: of the policy.
+        destination: of the engines.
+        matrices: what goes over in FP8 (`layout/fp8.fp8_matrices`).
+        dtype: number format of everything else.
+        round_bytes: bound of a rank's buffer.
+    """
+    layouts = list(zip(by_format(source, matrices), by_format(destination, matrices), strict=True))
+    dtypes = (dtype, torch.float8_e4m3fn, torch.float32) if matrices else (dtype,)
+    return {
+        number_format: make_plan(mine, theirs, number_format.itemsize, round_bytes)
+        for number_format, (mine, theirs) in zip(dtypes, layouts, strict=False)
+    }
+
+
+PART_ROWS = 24 * BLOCK
+"""What a thread takes at a time."""
+BITS = {torch.bfloat16: (torch.int16, np.int32(16)), torch.float32: (torch.int32, np.int32(0))}
+"""Formats of the compiled loop: as which integers it reads them, and how far these lie from the bits of a float32."""
 
 
 class QuantisedSource:
@@ -38,8 +69,41 @@ class QuantisedSource:
     def __call__(self) -> Mapping[str, Tensor]:
         """The present parameters, quantised anew."""
         parameters = self._source()
-        for name in self._names:
-            data, scale_inv = quantise_weight(parameters[name].detach())
-            self._staged[name].copy_(data)
-            self._staged[name + SCALES].copy_(scale_inv)
+        quantise_all([(parameters[name], Quantised(self._staged[name], self._staged[name + SCALES])) for name in self._names])
         return {**parameters, **self._staged}
+
+
+def quantise_all(pairs: Collection[tuple[Tensor, Quantised]]) -> None:
+    """`quantise_weight` of each first into each second; on a CPU by a compiled loop on as many threads as torch has."""
+    parts = [part for weight, target in pairs for part in _parts(weight.detach(), target)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        usual = list(threads.map(_quantise_part, parts))
+    for part in (part for part, is_usual in zip(parts, usual, strict=True) if not is_usual):
+        data, scale_inv = quantise_weight(part.weight)
+        part.target.data.copy_(data)
+        part.target.scale_inv.copy_(scale_inv)
+
+
+class _Part(NamedTuple):
+    """Whole rows of blocks of a matrix."""
+
+    weight: Tensor
+    target: Quantised
+
+
+def _parts(weight: Tensor, target: Quantised) -> Iterator[_Part]:
+    for first in range(0, weight.shape[0], PART_ROWS):
+        rows, blocks = slice(first, first + PART_ROWS), slice(first // BLOCK, (first + PART_ROWS) // BLOCK)
+        yield _Part(weight[rows], Quantised(target.data[rows], target.scale_inv[blocks]))
+
+
+def _quantise_part(part: _Part) -> bool:
+    """False where the compiled loop cannot do it."""
+    weight, (data, scale_inv) = part
+    if weight.is_cuda or weight.dtype not in BITS or not weight.is_contiguous():
+        return False
+    from megatron_r1z.fp8.compiled import quantise_blocks
+
+    integer, shift = BITS[weight.dtype]
+    done: bool = quantise_blocks(weight.view(integer).numpy(), shift, data.view(torch.uint8).numpy(), scale_inv.numpy())
+    return done
