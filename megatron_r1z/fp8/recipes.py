@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_r1z.config import Fp8Config, Fp8Recipe, ParallelConfig, Recompute
+from megatron_r1z.config import Fp8Config, Fp8Recipe, ParallelConfig, PrecisionConfig, Recompute
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.families import ModelShape
 
@@ -117,6 +117,15 @@ def linear_shapes(shape: ModelShape, tensor_parallel_size: int) -> dict[str, tup
         "linear_fc1": (feed_forward, shape.hidden_size),
         "linear_fc2": (shape.hidden_size, feed_forward),
     }
+
+
+def tokens_multiple(precision: PrecisionConfig) -> int:
+    """The tokens of a micro-batch are padded to a multiple of this; without a GPU too, so that the same samples share a micro-batch.
+
+    >>> tokens_multiple(PrecisionConfig(policy="fp8")), tokens_multiple(PrecisionConfig())
+    (16, 1)
+    """
+    return NEEDS[precision.fp8.recipe].tokens if precision.policy == "fp8" else 1
 
 
 def megatron_fields(fp8: Fp8Config) -> dict[str, Any]:

@@ -12,13 +12,16 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch import Tensor
 
 from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.fp8.recipes import tokens_multiple
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules, SampleCost
 from megatron_r1z.policy import step
 from megatron_r1z.policy.cpu import megatron_device, release_free_memory, share_weights
+from megatron_r1z.policy.fp8_state import check_same_number
 from megatron_r1z.policy.model import build_chunks
 from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_chunks
+from megatron_r1z.policy.parallel import device
 from megatron_r1z.types import UpdateStats
 
 
@@ -97,7 +100,7 @@ class MegatronPolicy:
             data_parallel_size=self.topology.dp,
             micro_batch_tokens=parallel.micro_batch_tokens,
             context_parallel_size=self.topology.cp,
-            tokens_multiple=self.topology.tp if parallel.sequence_parallel else 1,
+            tokens_multiple=tokens_multiple(self._settings.precision) * (self.topology.tp if parallel.sequence_parallel else 1),
             micro_batches_multiple=self.topology.pp if self.topology.vpp > 1 else 1,
             equal_micro_batches=self.topology.pp > 1,
             pad_sequences=parallel.pad_sequences,
@@ -107,6 +110,7 @@ class MegatronPolicy:
     @megatron_device()
     def response_logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         """Log-probs of the response tokens under the present weights, float32 [R] each; None on all but the last pipeline stage."""
+        self._check_passes(len(batches))
         return step.response_logprobs(self.model, batches)
 
     def with_old_logprobs(self, batches: Sequence[GlobalBatch]) -> list[TrainBatch]:
@@ -118,6 +122,7 @@ class MegatronPolicy:
     @megatron_device()
     def update(self, train_batch: TrainBatch) -> UpdateStats:
         """One optimizer step; weights, moments and schedule stay as they are where loss or gradient is not finite."""
+        self._check_passes(len(train_batch.batch.micro_batches))
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -130,6 +135,10 @@ class MegatronPolicy:
             self.schedule.step(increment=1)
         release_free_memory()
         return _stats(figures, train_batch.batch.denominator, grad_norm, float(learning_rate or 0.0), skipped=not is_finite)
+
+    def _check_passes(self, num_micro_batches: int) -> None:
+        if self._settings.precision.policy == "fp8":
+            check_same_number(num_micro_batches, device())
 
     @megatron_device()
     def sharded_weights(self) -> dict[str, Any]:

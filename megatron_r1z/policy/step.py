@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_r1z.objective import TokenLosses, kl_terms
 from megatron_r1z.packing import MicroBatch
+from megatron_r1z.policy.fp8_state import scales_kept
 from megatron_r1z.policy.parallel import device
 
 Loss = Callable[[Tensor, Tensor, MicroBatch], TokenLosses]
@@ -54,7 +55,7 @@ def response_logprobs(model: Model, batches: Sequence[MicroBatch]) -> list[Tenso
     def collect(output_2R: Tensor, non_loss_data: bool = True) -> Tensor:
         return output_2R[0].detach().cpu()
 
-    with torch.no_grad():
+    with torch.no_grad(), scales_kept(model.chunks):
         outputs = _run_schedule(model, [Work(batch, None) for batch in batches], lambda _work: collect, forward_only=True)
     return list(outputs) if outputs else [None] * len(batches)
 

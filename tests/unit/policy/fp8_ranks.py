@@ -12,9 +12,11 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_r1z.errors import TrainingError
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.policy.cpu import megatron_device
 from megatron_r1z.policy.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_r1z.policy.fp8_state import check_same_number
 from megatron_r1z.policy.parallel import start_megatron
 
 
@@ -25,7 +27,12 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
     start_megatron(Topology(num_ranks, tp=num_ranks), seed=0)
     case = torch.load(folder / "case.pt")
-    torch.save({flag: step(case, rank, num_ranks, flag) for flag in (False, True)}, folder / f"rank_{rank}.pt")
+    results = {flag: step(case, rank, num_ranks, flag) for flag in (False, True)}
+    check_same_number(3, torch.device("cpu"))
+    try:
+        check_same_number(3 + rank, torch.device("cpu"))
+    except TrainingError as error:
+        torch.save(results | {"refusal": str(error)}, folder / f"rank_{rank}.pt")
     dist.destroy_process_group()
 
 

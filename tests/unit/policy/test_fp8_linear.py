@@ -104,6 +104,8 @@ def test_two_ranks_compute_what_one_computes(case: dict[str, Tensor], run_ranks:
     torch.save(case, tmp_path / "case.pt")
     run_ranks(Path(__file__).with_name("fp8_ranks.py"), 2, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2)]
+    for found in ranks:
+        assert found["refusal"] == "ranks have between 3 and 4 micro-batches for one pass; with FP8 all need the same number."
     for sequence_parallel in (False, True):
         compare(case, [found[sequence_parallel] for found in ranks], sequence_parallel)
 
