@@ -50,6 +50,7 @@ EXAMPLES = {
     "data": "megatron-r1z data configs/quickstart.yaml",
     "convert": "megatron-r1z convert runs/quickstart/rl/checkpoints/step_000016 exported --dtype bf16",
     "grade": "megatron-r1z grade --mode strict < answers.jsonl > verdicts.jsonl",
+    "doctor": "megatron-r1z doctor",
     "plan": "megatron-r1z plan --model models/Llama-3-70B --from tp=8,pp=4,vpp=2 --to tp=8",
 }
 
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_grade(commands)
     _add_plan(commands)
+    text = "what this machine can do: libraries, what takes the place of missing ones, FP8 recipes; always ends with status 0"
+    _add_command(commands, "doctor", _doctor, text)
     return parser
 
 
@@ -233,6 +236,13 @@ def _plan(options: argparse.Namespace, _arguments: list[str]) -> int:
     print(render_plan(report))
     if options.json is not None:
         Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _doctor(_options: argparse.Namespace, _arguments: list[str]) -> int:
+    from megatron_r1z.doctor import diagnose, probe, render
+
+    print(render(diagnose(probe())))
     return 0
 
 

@@ -24,7 +24,9 @@ def wrap_chunks(chunks: Sequence[PolicyModel], config: OptimizerConfig) -> list[
 
     The weights must be in place: the distributed optimizer moves them into its own buffers.
     """
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, fp8_param_gather=chunks[0].config.fp8_param
+    )
     return [
         DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -33,7 +35,8 @@ def wrap_chunks(chunks: Sequence[PolicyModel], config: OptimizerConfig) -> list[
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig) -> MegatronOptimizer:
     """AdamW with float32 master weights; it clips by the global gradient norm and does not decay vectors, which are biases and norms."""
-    dtype: torch.dtype = chunks[0].config.params_dtype
+    model = chunks[0].config
+    dtype: torch.dtype = model.params_dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -46,6 +49,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
             clip_grad=config.clip_grad,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
+            fp8_recipe=model.fp8_recipe if model.fp8 else None,
             use_distributed_optimizer=config.distributed,
             optimizer_cpu_offload=config.offload_to_host,
             optimizer_offload_fraction=float(config.offload_to_host),
