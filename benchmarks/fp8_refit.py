@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> Figures:
         plans = plans_by_format(policy, layout, matrices, DTYPE, ROUND_BYTES["cpu"])
         weights: Any = lambda: shared.tensors  # noqa: E731
         if matrices:
-            weights = source = QuantisedSource(weights, plans[torch.float8_e4m3fn].source.parameters[options.rank])
+            weights = source = QuantisedSource(weights, plans[1][1].source.parameters[options.rank])
         engine = _live_engine(options.model, shape, matrices) if options.model else FormatArrays(layout, options.rank, plans)
         refits[name] = Refit(plans, options.rank, weights, engine, links=links)
         nbytes[name] = refits[name](0).nbytes
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace) -> Figures:
 class FormatArrays(Arrays):
     """An engine that only holds parameters, each in the number format of its plan."""
 
-    def __init__(self, layout: Layout, rank: int, plans: Mapping[torch.dtype, Any]) -> None:
+    def __init__(self, layout: Layout, rank: int, plans: Sequence[tuple[torch.dtype, Any]]) -> None:
         super().__init__(layout, rank)
         self._live: dict[str, Tensor] = {
             name: torch.zeros(size, dtype=dtype)

@@ -184,9 +184,8 @@ def make_refit(
         return GatheredRefit(WholeTensors(shape, policy, options.rank, lambda: weights, DTYPE), engine)
     if options.way == "no digests":
         execute.Ledger = Blind  # type: ignore[misc]
-    return Refit(
-        {DTYPE: plan}, options.rank, lambda: weights, engine, links=through_wires if options.way == "process group" else lambda links: links
-    )
+    links = through_wires if options.way == "process group" else lambda links: links
+    return Refit([(DTYPE, plan)], options.rank, lambda: weights, engine, links=links)
 
 
 def through_wires(links: Links) -> Links:

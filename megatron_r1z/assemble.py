@@ -240,7 +240,7 @@ def make_refit(
     plans = plans_by_format(weights.layout, _engine_layout(config, weights.shape), matrices, dtype, round_bytes)
     if not matrices:
         return Refit(plans, rank, policy.parameters, engine)
-    names_in_fp8 = plans[torch.float8_e4m3fn].source.parameters[rank]
+    names_in_fp8 = plans[1][1].source.parameters[rank]
     refit = Refit(plans, rank, QuantisedSource(policy.parameters, names_in_fp8), engine)
     names = tuple(left_out(weights.shape, matrices))
     return lambda policy_version: replace(refit(policy_version), not_in_fp8=names)

@@ -111,7 +111,9 @@ def _add_convert(commands: Any) -> None:
     sub.add_argument("target", type=Path, metavar="TARGET", help="folder to write; appears when it is complete")
     sub.add_argument("--to", choices=get_args(Kind), help="what to write (default: the kind that SOURCE is not)")
     sub.add_argument("--model", type=Path, metavar="FOLDER", help="config.json and tokenizer (default: what SOURCE was made with)")
-    sub.add_argument("--dtype", choices=("bf16", "fp32"), help="number format to write (default: that of SOURCE)")
+    sub.add_argument(
+        "--dtype", choices=("bf16", "fp32", "fp8"), help="number format to write (default: that of SOURCE); fp8: blocks and scales"
+    )
     sub.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size")
     sub.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size")
     sub.add_argument("--num-ranks", type=int, metavar="N", help="processes that share the work (default: tp x pp)")
@@ -189,7 +191,7 @@ def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
     )
     return _start_ranks(
         parallel,
-        f"{options.source} becomes {KINDS[conversion.kind]} of {conversion.precision.policy} in {options.target}",
+        f"{options.source} becomes {KINDS[conversion.kind]} of {options.dtype or conversion.precision.policy} in {options.target}",
         None,
         lambda: check_target(conversion, overwrite=options.overwrite),
         lambda: _convert_rank(conversion),

@@ -20,20 +20,21 @@ import yaml
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_r1z.config import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.config import ModelConfig, NumberFormat, ParallelConfig, PrecisionConfig
 from megatron_r1z.errors import ConfigError, DataError
 from megatron_r1z.export import SHARD_BYTES, save_hf
 from megatron_r1z.folders import WEIGHTS_FILE, Kind, kind_of
 from megatron_r1z.hf_files import TensorReader, locate_tensors
-from megatron_r1z.layout.blocks import Layout
+from megatron_r1z.layout.blocks import Layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
+from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
 from megatron_r1z.ranks import gather
 
 if TYPE_CHECKING:
     from megatron_r1z.policy.policy import MegatronPolicy
 
-Format = Literal["bf16", "fp32"]
-FORMATS: Mapping[Format, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Format = Literal["bf16", "fp32", "fp8"]
+FORMATS: Mapping[NumberFormat, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OTHER: Mapping[Kind, Kind] = {"hf": "megatron", "megatron": "hf"}
 
 _QKV = "decoder.layers.self_attention.linear_qkv.weight"
@@ -52,6 +53,8 @@ class Conversion:
     parallel: ParallelConfig
     precision: PrecisionConfig
     shard_bytes: int = SHARD_BYTES
+    fp8: bool = False
+    """Write matrices of the layers in blocks of FP8."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,16 @@ def plan_conversion(
         raise ConfigError(f"{source} has its own config.json; --model is for checkpoints, leave it out.")
     if kind != "hf" and shard_gb is not None:
         raise ConfigError("--shard-gb bounds the files of a Hugging Face folder; leave it out when writing a Megatron checkpoint.")
+    if kind != "hf" and dtype == "fp8":
+        raise ConfigError(
+            "--dtype fp8 is for Hugging Face folders: a Megatron checkpoint keeps what training goes on from, in bf16 or fp32."
+        )
     if shard_gb is not None and shard_gb <= 0:
         raise ConfigError(f"--shard-gb is {shard_gb:g}; it must be more than 0.")
     folder = source if found == "hf" else model or _model_folder(source)
     shape = load_shape(folder)
+    if dtype == "fp8":
+        _check_fp8(shape, parallel)
     stored = _stored_formats(source) if found == "hf" else _measure_checkpoint(source, shape, folder)
     return Conversion(
         source=source,
@@ -105,9 +114,18 @@ def plan_conversion(
         kind=kind,
         model=ModelConfig(path=str(folder), checkpoint=None if found == "hf" else str(source)),
         parallel=parallel,
-        precision=PrecisionConfig(policy=dtype or _only_format(source, stored)),
+        precision=PrecisionConfig(policy="bf16" if dtype == "fp8" else dtype or _only_format(source, stored)),
         shard_bytes=SHARD_BYTES if shard_gb is None else int(shard_gb * 1e9),
+        fp8=dtype == "fp8",
     )
+
+
+def _check_fp8(shape: ModelShape, parallel: ParallelConfig) -> None:
+    if not fp8_matrices(shape, [megatron_layout(shape, parallel.topology, 1)]):
+        raise ConfigError(
+            f"--dtype fp8: with hidden size {shape.hidden_size}, head size {shape.head_dim} and feed-forward size {shape.ffn_size} no rank "
+            f"of tensor-parallel size {parallel.tensor_parallel_size} has a matrix that can be cut into blocks of {BLOCK} x {BLOCK}."
+        )
 
 
 def check_target(conversion: Conversion, *, overwrite: bool) -> None:
@@ -156,6 +174,7 @@ def _write_hf(conversion: Conversion, shape: ModelShape, layout: Layout, policy:
         dist.get_world_size(),
         FORMATS[conversion.precision.policy_format],
         conversion.shard_bytes,
+        fp8=conversion.fp8,
     )
 
 
@@ -208,7 +227,7 @@ def _measure_checkpoint(checkpoint: Path, shape: ModelShape, folder: Path) -> se
     return {dtype}
 
 
-def _only_format(source: Path, found: set[torch.dtype]) -> Format:
+def _only_format(source: Path, found: set[torch.dtype]) -> NumberFormat:
     names = [name for name, dtype in FORMATS.items() if found == {dtype}]
     if not names:
         stored = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))

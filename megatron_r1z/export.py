@@ -30,8 +30,10 @@ from megatron_r1z.hf_files import (
 )
 from megatron_r1z.layout.blocks import Block, Box, Layout, box_slices, covered
 from megatron_r1z.layout.families import ModelShape, hf_tensors
+from megatron_r1z.layout.fp8 import BLOCK, SCALES, by_format, fp8_matrices, modules_to_not_convert, quantization_config
 from megatron_r1z.ranks import any_rank, gather
 from megatron_r1z.reshard.once import execute
+from megatron_r1z.reshard.quantise import QuantisedSource, dtypes_by_format
 
 SHARD_BYTES = 5_000_000_000
 """Bound of one file; transformers has used 5 GB for years and every loader accepts it."""
@@ -61,7 +63,7 @@ def load_hf_weights(folder: str | Path, shape: ModelShape, layout: Layout, rank:
         by_file.setdefault(files[block.tensor], []).append(block)
     for path, group in by_file.items():
         with TensorReader(path) as file:
-            _load_blocks(file, group, shapes, parameters)
+            _load_blocks(file, group, shapes, parameters, functools.partial(_load_scales, files))
 
 
 def save_hf(
@@ -75,6 +77,8 @@ def save_hf(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
     wave_bytes: int = PIECE_BYTES,
+    *,
+    fp8: bool = False,
 ) -> None:
     """Write the model in Hugging Face format and read it back; all ranks of `layout`, which are those of the default group, call this.
 
@@ -91,6 +95,8 @@ def save_hf(
         dtype: number format of the files, also written into config.json.
         shard_bytes: bound of one file.
         wave_bytes: bound of what one writer takes at a time.
+        fp8: write the matrices of the layers in blocks of FP8 with their scales, as far as `layout` can be cut into them, and say so in
+            config.json (`quantization_config`).
 
     Raises:
         ExportError: on every rank, when one of them could not write or did not read back what it wrote.
@@ -98,18 +104,25 @@ def save_hf(
     """
     target = Path(folder)
     partial = target.with_name(f"{target.name}.partial")
-    shards = plan_shards(shape, num_ranks, dtype.itemsize, shard_bytes)
-    files = [TensorWriter(partial / shard.file, shard.tensors, dtype) for shard in shards if shard.writer == rank]
-    together = _Together(partial, sum(shard.numel for shard in shards) * dtype.itemsize)
+    matrices = fp8_matrices(shape, [layout]) if fp8 else frozenset()
+    shards = plan_shards(shape, num_ranks, dtype.itemsize, shard_bytes, matrices)
+    dtypes, formats = dtypes_by_format(dtype), by_format(layout, matrices)
+    files = [TensorWriter(partial / shard.file, shard.tensors, dtypes[shard.number_format]) for shard in shards if shard.writer == rank]
+    together = _Together(partial, sum(shard.nbytes for shard in shards))
     together(lambda: make_empty(partial), rank == 0)
     together(lambda: _each(files, TensorWriter.create))
-    buffer = torch.empty(wave_bytes // dtype.itemsize if files else 0, dtype=dtype)
-    for wave in plan_waves(layout, shards, dtype.itemsize, wave_bytes):
-        staged = _staged(wave.destination.parameters.get(rank, {}), buffer)
-        execute(wave.of_rank(rank), parameters, staged, dtype=dtype, device=_buffer_device(parameters))
-        together(functools.partial(_append, files, staged))
+    buffer = torch.empty(wave_bytes if files else 0, dtype=torch.uint8)
+    source = QuantisedSource(lambda: parameters, formats.data.parameters[rank])()
+    for number, (number_format, part) in enumerate(zip(dtypes, formats, strict=True)):
+        written = [shard for shard in shards if shard.number_format == number]
+        for wave in plan_waves(part, written, number_format.itemsize, wave_bytes):
+            staged = _staged(wave.destination.parameters.get(rank, {}), buffer, number_format)
+            mine = {name: source[name] for name in part.parameters[rank]}
+            execute(wave.of_rank(rank), mine, staged, dtype=number_format, device=_buffer_device(parameters))
+            together(functools.partial(_append, files, staged))
     together(lambda: _each(files, TensorWriter.check))
-    together(lambda: _complete(partial, target, Path(model_folder), dtype, shards), rank == 0)
+    kept = modules_to_not_convert(shape, matrices) if fp8 else None
+    together(lambda: _complete(partial, target, Path(model_folder), dtype, shards, kept), rank == 0)
 
 
 # --- reading ---
@@ -128,14 +141,38 @@ def _zero_padding(blocks: Sequence[Block], shapes: Mapping[str, Sequence[int]], 
             parameters[name].detach().zero_()
 
 
-def _load_blocks(file: TensorReader, blocks: Sequence[Block], shapes: Mapping[str, Box], parameters: Mapping[str, Tensor]) -> None:
+def _load_blocks(
+    file: TensorReader,
+    blocks: Sequence[Block],
+    shapes: Mapping[str, Box],
+    parameters: Mapping[str, Tensor],
+    load_scales: Callable[[str], Tensor],
+) -> None:
     for block in blocks:
         found = file.shape(block.tensor)
         if found != shapes[block.tensor]:
             raise DataError(f"{file.path}: {block.tensor} has shape {list(found)}; config.json says {list(shapes[block.tensor])}.")
+        scales = load_scales(block.tensor) if file.dtype(block.tensor) is torch.float8_e4m3fn else None
         target = parameters[block.parameter].detach()[box_slices(block.local_start, block.size)]
         for first, rows in file.pieces(block.tensor, block.start, block.size):
-            target[first : first + len(rows)].copy_(rows)
+            start = (block.start[0] + first, *block.start[1:])
+            target[first : first + len(rows)].copy_(rows if scales is None else _dequantised(rows, scales, start))
+
+
+def _load_scales(files: Mapping[str, Path], tensor: str) -> Tensor:
+    """All scales of a matrix in FP8."""
+    name = tensor + SCALES
+    if name not in files:
+        raise DataError(f"{files[tensor]}: {tensor} is in FP8, but there is no {name}; only blocks of {BLOCK} x {BLOCK} can be read.")
+    with TensorReader(files[name]) as file:
+        size = file.shape(name)
+        return torch.cat([rows.clone() for _, rows in file.pieces(name, (0,) * len(size), size)])
+
+
+def _dequantised(rows: Tensor, scales: Tensor, start: Box) -> Tensor:
+    """A box of a matrix in FP8, whose first element is `start`."""
+    down, across = ((torch.arange(count) + first) // BLOCK for count, first in zip(rows.shape, start, strict=True))
+    return rows.float() * scales[down][:, across]
 
 
 # --- writing ---
@@ -175,11 +212,12 @@ def _each(files: Sequence[TensorWriter], do: Callable[[TensorWriter], None]) -> 
         do(file)
 
 
-def _staged(sizes: Mapping[str, Box], buffer: Tensor) -> dict[str, Tensor]:
+def _staged(sizes: Mapping[str, Box], buffer: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Where a wave's rows are put, one tensor after the other: in the buffer that all waves share, unless a single row exceeds it."""
     lengths = [math.prod(size) for size in sizes.values()]
-    space = buffer if sum(lengths) <= len(buffer) else buffer.new_empty(sum(lengths))
-    parts = torch.split(space[: sum(lengths)], lengths)
+    nbytes = sum(lengths) * dtype.itemsize
+    space = buffer if nbytes <= len(buffer) else buffer.new_empty(nbytes)
+    parts = torch.split(space[:nbytes].view(dtype), lengths)
     return {name: part.view(size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
 
 
@@ -190,10 +228,11 @@ def _append(files: Sequence[TensorWriter], staged: Mapping[str, Tensor]) -> None
         file_of[name].append(name, rows)
 
 
-def _complete(partial: Path, target: Path, model_folder: Path, dtype: torch.dtype, shards: Sequence[Shard]) -> None:
-    write_companions(partial, model_folder, dtype)
-    total_bytes = sum(shard.numel for shard in shards) * dtype.itemsize
-    write_index(partial, {spec.name: shard.file for shard in shards for spec in shard.tensors}, total_bytes)
+def _complete(
+    partial: Path, target: Path, model_folder: Path, dtype: torch.dtype, shards: Sequence[Shard], not_in_fp8: Sequence[str] | None
+) -> None:
+    write_companions(partial, model_folder, dtype, None if not_in_fp8 is None else quantization_config(not_in_fp8))
+    write_index(partial, {spec.name: shard.file for shard in shards for spec in shard.tensors}, sum(shard.nbytes for shard in shards))
     replace_folder(partial, target)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
 from megatron_r1z.folders import SINGLE_FILE
 from megatron_r1z.layout.blocks import Block, Box, Layout, hf_layout
 from megatron_r1z.layout.families import ModelShape, TensorSpec, hf_tensors
+from megatron_r1z.layout.fp8 import by_format
 from megatron_r1z.layout.plan import Plan, make_plan
 
 
@@ -18,29 +19,43 @@ class Shard(NamedTuple):
     writer: int
     file: str
     tensors: tuple[TensorSpec, ...]
+    number_format: int
+    """Of all its tensors, as an index of `layout.fp8.Formats`."""
+    itemsize: int
 
     @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return sum(spec.numel for spec in self.tensors)
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return sum(spec.numel for spec in self.tensors) * self.itemsize
 
 
-def plan_shards(shape: ModelShape, num_ranks: int, itemsize: int, shard_bytes: int) -> list[Shard]:
-    """Which rank writes which tensors into which file: no more writers than files are needed."""
+def plan_shards(shape: ModelShape, num_ranks: int, itemsize: int, shard_bytes: int, matrices: Collection[str] = ()) -> list[Shard]:
+    """Which rank writes which tensors into which file: no more writers than files are needed, and one number format a file.
+
+    Args:
+        shape: of the model.
+        num_ranks: that can write.
+        itemsize: of everything that is not in FP8.
+        shard_bytes: bound of a file.
+        matrices: what is written in FP8, with its scales (`layout/fp8.fp8_matrices`).
+    """
     total = sum(spec.numel for spec in hf_tensors(shape)) * itemsize
-    return make_shards(hf_layout(shape, min(num_ranks, -(-total // shard_bytes))), itemsize, shard_bytes)
+    formats = by_format(hf_layout(shape, min(num_ranks, -(-total // shard_bytes))), matrices)
+    return make_shards(formats, (itemsize, 1, 4), shard_bytes)
 
 
-def make_shards(layout: Layout, itemsize: int, shard_bytes: int) -> list[Shard]:
+def make_shards(layouts: Sequence[Layout], itemsizes: Sequence[int], shard_bytes: int) -> list[Shard]:
     """Cut each writer's tensors into files of at most `shard_bytes` (or one tensor); a single file has the plain name."""
     groups = [
-        (writer, group) for writer, parameters in sorted(layout.parameters.items()) for group in _bounded(parameters, itemsize, shard_bytes)
+        (writer, group, number, itemsize)
+        for number, (layout, itemsize) in enumerate(zip(layouts, itemsizes, strict=True))
+        for writer, parameters in sorted(layout.parameters.items())
+        for group in _bounded(parameters, itemsize, shard_bytes)
     ]
-    if len(groups) == 1:
-        return [Shard(groups[0][0], SINGLE_FILE, groups[0][1])]
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     return [
-        Shard(writer, f"model-{number:05d}-of-{len(groups):05d}.safetensors", tensors)
-        for number, (writer, tensors) in enumerate(groups, start=1)
+        Shard(writer, name if len(groups) > 1 else SINGLE_FILE, tensors, number, itemsize)
+        for name, (writer, tensors, number, itemsize) in zip(names, groups, strict=True)
     ]
 
 

@@ -28,7 +28,13 @@ from megatron_r1z.layout.families import TensorSpec
 PIECE_BYTES = 64 << 20
 """What is read or written at a time: large enough for a disk to be at full speed, small beside a rank's weights."""
 
-_FORMATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_FORMATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 """Number formats by their names in a safetensors header."""
 _NAMES = {dtype: name for name, dtype in _FORMATS.items()}
 _COMPANIONS = (
@@ -252,12 +258,15 @@ def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> Non
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype) -> None:
-    """config.json with the number format of the files, and the tokenizer's files as they are."""
+def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype, quantization: Mapping[str, object] | None) -> None:
+    """config.json with the number format and quantisation of the files, and the tokenizer's files as they are."""
     config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = name
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for pattern in _COMPANIONS:
         for path in sorted(model_folder.glob(pattern)):

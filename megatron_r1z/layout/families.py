@@ -175,6 +175,8 @@ def _shares_experts(config: Mapping[str, Any]) -> bool:
     return any(config.get(name) for name in ("shared_expert_intermediate_size", "num_shared_experts", "n_shared_experts"))
 
 
+BLOCK_FP8: Mapping[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""Hugging Face's description of matrices in FP8 with a scale for each block (transformers `FineGrainedFP8Config`, vLLM `Fp8Config`)."""
 _UNSUPPORTED: tuple[tuple[Callable[[Mapping[str, Any]], object], str], ...] = (
     (_slides, "a sliding attention window ({sliding_window} tokens)"),
     (lambda config: config["hidden_act"] != "silu", "activation '{hidden_act}' (silu is supported)"),
@@ -184,7 +186,10 @@ _UNSUPPORTED: tuple[tuple[Callable[[Mapping[str, Any]], object], str], ...] = (
         "attention_bias: a bias on the attention output projection",
     ),
     (lambda config: config.get("partial_rotary_factor", 1.0) not in (None, 1.0), "partial_rotary_factor {partial_rotary_factor}"),
-    (lambda config: config.get("quantization_config"), "quantised weights (quantization_config)"),
+    (
+        lambda config: (config.get("quantization_config") or BLOCK_FP8).get("weight_block_size") != BLOCK_FP8["weight_block_size"],
+        "weights that are quantised in another way than in FP8 blocks of 128 x 128 (quantization_config)",
+    ),
     (lambda config: config.get("mlp_only_layers"), "dense layers between mixtures of experts (mlp_only_layers {mlp_only_layers})"),
     (
         lambda config: config.get("decoder_sparse_step", 1) != 1,

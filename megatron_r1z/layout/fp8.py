@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from megatron_r1z.layout.blocks import Block, Box, Layout
-from megatron_r1z.layout.families import ModelShape, layer_tensors
+from megatron_r1z.layout.families import BLOCK_FP8, ModelShape, layer_tensors
 
 BLOCK = 128
 """Rows and columns that share a scale."""
@@ -111,13 +111,8 @@ def left_out(shape: ModelShape, matrices: Collection[str]) -> list[str]:
 
 
 def quantization_config(modules_to_not_convert: Sequence[str]) -> dict[str, object]:
-    """Hugging Face's description of a checkpoint in block FP8 (transformers `FineGrainedFP8Config`, vLLM `Fp8Config`)."""
-    return {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": list(modules_to_not_convert),
-    }
+    """Hugging Face's description of a checkpoint of which these linear layers are not in FP8."""
+    return {**BLOCK_FP8, "modules_to_not_convert": list(modules_to_not_convert)}
 
 
 def modules_to_not_convert(shape: ModelShape, matrices: Collection[str]) -> list[str]:

@@ -19,8 +19,8 @@ from megatron_r1z.shared_memory import SharedCopies
 
 def plans_by_format(
     source: Layout, destination: Layout, matrices: Collection[str], dtype: torch.dtype, round_bytes: int
-) -> dict[torch.dtype, Plan]:
-    """The plans of a `Refit`: one if no matrix goes over in FP8, otherwise one for each number format.
+) -> list[tuple[torch.dtype, Plan]]:
+    """The plans of a `Refit`: one if no matrix goes over in FP8, otherwise of all else, of the matrices, and of their scales.
 
     Args:
         source: of the policy.
@@ -29,12 +29,17 @@ def plans_by_format(
         dtype: number format of everything else.
         round_bytes: bound of a rank's buffer.
     """
-    layouts = list(zip(by_format(source, matrices), by_format(destination, matrices), strict=True))
-    dtypes = (dtype, torch.float8_e4m3fn, torch.float32) if matrices else (dtype,)
-    return {
-        number_format: make_plan(mine, theirs, number_format.itemsize, round_bytes)
-        for number_format, (mine, theirs) in zip(dtypes, layouts, strict=False)
-    }
+    layouts = zip(by_format(source, matrices), by_format(destination, matrices), strict=True)
+    return [
+        (number_format, make_plan(mine, theirs, number_format.itemsize, round_bytes))
+        for number_format, (mine, theirs) in zip(dtypes_by_format(dtype), layouts, strict=True)
+        if mine.blocks
+    ]
+
+
+def dtypes_by_format(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Of the layouts of `layout/fp8.Formats`, where everything that is not in FP8 is in `dtype`."""
+    return dtype, torch.float8_e4m3fn, torch.float32
 
 
 PART_ROWS = 24 * BLOCK

@@ -38,7 +38,7 @@ class Refit:
     """Moves the policy's weights into the engine's live parameters; one object per rank, made and called by all ranks of the plan at once.
 
     Args:
-        plans: for each number format of the engine's parameters the plan of these, between the same ranks.
+        plans: the number formats of the engine's parameters and the plan of each, between the same ranks.
         rank: this rank.
         source: returns this rank's policy parameters by the names of the plans' source layouts; it is asked at every refit, because an
             optimizer may replace tensors.
@@ -53,7 +53,7 @@ class Refit:
 
     def __init__(
         self,
-        plans: Mapping[torch.dtype, Plan],
+        plans: Sequence[tuple[torch.dtype, Plan]],
         rank: int,
         source: Callable[[], Mapping[str, Tensor]],
         engine: Engine | None,
@@ -67,7 +67,7 @@ class Refit:
         _check_sides(plans, rank, weights, live)
         device = next(iter((*weights.values(), *live.values())), torch.empty(0)).device
         self._parts = []
-        for dtype, plan in plans.items():
+        for dtype, plan in plans:
             part = plan.of_rank(rank)
             names = tuple(plan.source.parameters.get(rank, ())), tuple(plan.destination.parameters.get(rank, ()))
             found = Links({}, {}, None)
@@ -130,10 +130,10 @@ def tensor_group(tensor: str) -> str:
     return ".".join(parts[: numbers[0] + 1]) if numbers else tensor
 
 
-def _check_sides(plans: Mapping[torch.dtype, Plan], rank: int, weights: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
-    check_parameters("policy", rank, _joined(plan.source.parameters.get(rank, {}) for plan in plans.values()), weights)
-    check_parameters("engine", rank, _joined(plan.destination.parameters.get(rank, {}) for plan in plans.values()), live)
-    for dtype, plan in plans.items():
+def _check_sides(plans: Sequence[tuple[torch.dtype, Plan]], rank: int, weights: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    check_parameters("policy", rank, _joined(plan.source.parameters.get(rank, {}) for _, plan in plans), weights)
+    check_parameters("engine", rank, _joined(plan.destination.parameters.get(rank, {}) for _, plan in plans), live)
+    for dtype, plan in plans:
         for name in plan.destination.parameters.get(rank, ()):
             if name in live and live[name].dtype != dtype:
                 raise RefitError(f"rank {rank}: engine parameter {name} is {live[name].dtype}, planned as {dtype}.")

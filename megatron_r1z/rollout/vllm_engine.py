@@ -6,9 +6,11 @@ The engine starts with arbitrary weights: every weight it ever samples with came
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1z.errors import EngineError
@@ -63,7 +65,7 @@ class VllmEngine:
             disable_log_stats=True,
             weight_transfer_config={"backend": register_receiver()},
             seed=settings.seed,
-            **fp8_options(settings.not_in_fp8),
+            **fp8_options(settings.model_folder, settings.not_in_fp8),
             **prepare_engine(settings.max_model_tokens),
         )
 
@@ -132,9 +134,13 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def fp8_options(not_in_fp8: Sequence[str] | None) -> dict[str, Any]:
-    """What makes vLLM build linear layers for block FP8 weights, whatever the model's own configuration says."""
-    return {} if not_in_fp8 is None else {"hf_overrides": {"quantization_config": quantization_config(not_in_fp8)}}
+def fp8_options(model_folder: str, not_in_fp8: Sequence[str] | None) -> dict[str, Any]:
+    """What makes vLLM build linear layers for block FP8 weights, or for plain ones, whatever the model's own configuration says."""
+    if not_in_fp8 is not None:
+        return {"hf_overrides": {"quantization_config": quantization_config(not_in_fp8)}}
+    config = Path(model_folder) / "config.json"
+    is_quantised = config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    return {"hf_overrides": {"quantization_config": None}} if is_quantised else {}
 
 
 def _parameters(seed: int, sampling: Sampling) -> Any:

@@ -19,6 +19,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ITERATIONS = 8
+BUDGET = 48
 MARK = "R1Z_TEST_RUN"
 """In the environment of every process of a run, so that its processes can be told from all others."""
 ENVIRONMENT = {
@@ -204,3 +206,22 @@ def base(pretraining: list[str], cli: CommandLine, tmp_path_factory: pytest.Temp
     outcome = cli.run("pretrain", *pretraining, f"logging.folder={folder}")
     assert (outcome.status, outcome.stderr) == (0, "")
     return folder / "hf" / "final"
+
+
+@pytest.fixture(scope="session")
+def training(base: Path, task: Task) -> list[str]:
+    """Arguments of `train`, but for the run folder and the layout: 8 prompts x 4 samples."""
+    return [
+        "configs/quickstart.yaml",
+        f"model.path={base}",
+        f"data.train=[{{path: {task.questions}}}]",
+        f"evaluation.sets=[{{path: {task.questions}, limit: 12}}]",
+        "evaluation.every=4",
+        "rollout.prompts_per_iteration=8",
+        "rollout.samples_per_prompt=4",
+        f"rollout.max_response_tokens={BUDGET}",
+        "algorithm.train_batch_size=32",
+        f"algorithm.iterations={ITERATIONS}",
+        "optimizer.lr=3e-5",
+        "checkpoint.every=4",
+    ]

@@ -57,7 +57,7 @@ def refit(settings: Mapping[str, Any], folder: Path) -> None:
     engine = make_engine(settings["model"], settings)
     with pytest.raises(EngineError, match="holds no accepted weights"):
         engine.generate(PROMPTS, SAMPLING, 0)
-    hand_over = Refit({torch.float32: plan}, dist.get_rank(), policy.parameters, engine)
+    hand_over = Refit([(torch.float32, plan)], dist.get_rank(), policy.parameters, engine)
     hand_over(0)
     save(engine, 0, folder, "before")
     change(policy.parameters())
@@ -97,7 +97,7 @@ def refuse(hand_over: Refit, policy: Any, engine: VllmEngine, plan: Any) -> None
     """Weights of another version, then a flipped bit on the way: nothing is sampled, until a refit that went right."""
     with pytest.raises(EngineError, match="holds version 1 of the weights; version 2 was asked for"):
         engine.generate(PROMPTS, SAMPLING, 2)
-    faulty = Refit({torch.float32: plan}, dist.get_rank(), policy.parameters, engine, links=flipping)
+    faulty = Refit([(torch.float32, plan)], dist.get_rank(), policy.parameters, engine, links=flipping)
     with pytest.raises(RefitError, match=r"refit 2: .* tensors differ from the source's. Restart from the last checkpoint"):
         faulty(2)
     for version in (1, 2):
@@ -129,7 +129,7 @@ def packed(settings: Mapping[str, Any], folder: Path) -> None:
     engine = make_engine(settings["model"], settings)
     live: dict[str, Tensor] = engine._llm.apply_model(lambda model: dict(model.named_parameters()))[0]
     assert live["model.layers.0.mlp.down_proj.weight"].numel() == 0
-    hand_over = Refit({torch.float32: plan}, dist.get_rank(), policy.parameters, engine)
+    hand_over = Refit([(torch.float32, plan)], dist.get_rank(), policy.parameters, engine)
     hand_over(0)
     save(engine, 0, folder, "before")
     change(policy.parameters())

@@ -21,10 +21,10 @@ import zstandard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.loop.conftest import BUDGET, ITERATIONS
+
 pytestmark = pytest.mark.slow
 
-ITERATIONS = 8
-BUDGET = 48
 TP2 = ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=1", "rollout.tensor_parallel_size=2")
 PP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=2")
 CP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1", "parallel.context_parallel_size=2")
@@ -42,25 +42,6 @@ outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], Sampli
 with open(output, "w") as file:
     json.dump([list(item.outputs[0].token_ids) for item in outputs], file)
 """
-
-
-@pytest.fixture(scope="session")
-def training(base: Path, task: Any) -> list[str]:
-    """Arguments of `train`, but for the run folder and the layout: 8 prompts x 4 samples."""
-    return [
-        "configs/quickstart.yaml",
-        f"model.path={base}",
-        f"data.train=[{{path: {task.questions}}}]",
-        f"evaluation.sets=[{{path: {task.questions}, limit: 12}}]",
-        "evaluation.every=4",
-        "rollout.prompts_per_iteration=8",
-        "rollout.samples_per_prompt=4",
-        f"rollout.max_response_tokens={BUDGET}",
-        "algorithm.train_batch_size=32",
-        f"algorithm.iterations={ITERATIONS}",
-        "optimizer.lr=3e-5",
-        "checkpoint.every=4",
-    ]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,11 @@ from torch import Tensor
 from megatron_r1z import hf_files
 from megatron_r1z.errors import DataError, ExportError
 from megatron_r1z.export import load_hf_weights, save_hf
+from megatron_r1z.fp8.blocks import dequantise, quantise_weight
 from megatron_r1z.hf_files import locate_tensors
-from megatron_r1z.layout.blocks import Layout, engine_layout, hf_layout, megatron_layout
+from megatron_r1z.layout.blocks import Layout, box_slices, engine_layout, hf_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
+from megatron_r1z.layout.fp8 import SCALES, fp8_matrices
 from megatron_r1z.layout.topology import Topology
 
 RunRanks = Callable[..., None]
@@ -26,16 +28,17 @@ WORKER = Path(__file__).with_name("export_ranks.py")
 FAMILIES = [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False), ("mistral", False)]
 
 
-def make_model(folder: Path, family: str, tied: bool, **options: object) -> ModelShape:
+FP8_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 128}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+
+
+def make_model(folder: Path, family: str, tied: bool, sizes: Mapping[str, int] = SIZES, **options: object) -> ModelShape:
     config = transformers.AutoConfig.for_model(
         family,
+        **sizes,
         vocab_size=70,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         tie_word_embeddings=tied,
         sliding_window=None,
         max_position_embeddings=128,
@@ -251,3 +254,38 @@ def test_unusable_folders_are_refused(tmp_path: Path, damage: Callable[[Path], o
     damage(tmp_path)
     with pytest.raises(DataError, match=message):
         loaded(tmp_path, shape, megatron_layout(shape, Topology(1), 64), 0)
+
+
+def test_fp8_out_and_in(tmp_path: Path) -> None:
+    """Matrices of layers in blocks with their scales, the rest in bf16; what is read is what the bytes stand for."""
+    shape = make_model(tmp_path / "model", "llama", False, FP8_SIZES)
+    layout = megatron_layout(shape, Topology(1), 1)
+    parameters = loaded(tmp_path / "model", shape, layout, 0, torch.bfloat16)
+    save_hf(tmp_path / "fp8", tmp_path / "model", shape, layout, parameters, 0, 1, torch.bfloat16, fp8=True)
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+    assert load_shape(tmp_path / "fp8") == shape
+    original = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}
+    written = {name: load_file(path)[name] for name, path in locate_tensors(tmp_path / "fp8").items()}
+    matrices = fp8_matrices(shape, [layout])
+    assert len(matrices) == 2 * 7
+    assert written.keys() == original.keys() | {name + SCALES for name in matrices}
+    expected = {name: quantise_weight(original[name]) for name in matrices}
+    for name, tensor in original.items():
+        if name not in matrices:
+            assert torch.equal(written[name], tensor)
+            continue
+        assert torch.equal(written[name].view(torch.uint8), expected[name].data.view(torch.uint8))
+        assert torch.equal(written[name + SCALES], expected[name].scale_inv)
+    meant = {name: dequantise(expected[name]) if name in matrices else tensor.float() for name, tensor in original.items()}
+    for topology, rank in ((Topology(1), 0), (Topology(2, tp=2), 1)):
+        layout = engine_layout(shape, 2, 2) if topology.tp == 2 else megatron_layout(shape, topology, 1)
+        found = loaded(tmp_path / "fp8", shape, layout, rank)
+        for block in layout.blocks_of(rank):
+            here = found[block.parameter][box_slices(block.local_start, block.size)]
+            assert torch.equal(here, meant[block.tensor][box_slices(block.start, block.size)])
+    (tmp_path / "fp8" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name: path.name for name, path in locate_tensors(tmp_path / "fp8").items() if SCALES not in name}})
+    )
+    with pytest.raises(DataError, match=r"is in FP8, but there is no model\.layers\.\S+_scale_inv; only blocks of 128 x 128 can be read"):
+        loaded(tmp_path / "fp8", shape, layout, 0)

@@ -16,13 +16,13 @@ SHAPE = ModelShape("llama", 4, 32, 4, 2, 8, 48, 70, False, False, False, 1e4, No
 
 
 def test_shards_are_bounded_and_complete() -> None:
-    shards = make_shards(hf_layout(SHAPE, 3), 2, 5000)
+    shards = make_shards([hf_layout(SHAPE, 3)], [2], 5000)
     assert sorted(chain.from_iterable(shard.tensors for shard in shards)) == sorted(hf_tensors(SHAPE))
-    assert all(shard.numel * 2 <= 5000 for shard in shards)
+    assert all(shard.nbytes <= 5000 for shard in shards)
     assert [shard.file for shard in shards] == [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]
-    assert [shard.file for shard in make_shards(hf_layout(SHAPE, 1), 2, 10**9)] == ["model.safetensors"]
+    assert [shard.file for shard in make_shards([hf_layout(SHAPE, 1)], [2], 10**9)] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("limit", [1, 100, 128, 1000, 10**6])

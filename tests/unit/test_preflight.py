@@ -103,8 +103,16 @@ def test_fp8_that_cannot_run_is_refused(folder: Path) -> None:
     check_train(train_config(folder, precision={"policy": "fp32", "engine": "bf16"}))
 
 
-def test_an_engine_in_fp8_is_refused_until_there_is_one(folder: Path) -> None:
-    assert "precision.engine is fp8" in refusal(folder, precision={"engine": "fp8"})
+def test_an_engine_in_fp8_needs_matrices_that_can_be_cut_into_blocks(folder: Path) -> None:
+    assert "rollout.refit is gathered, which hands over no FP8" in refusal(
+        folder, precision={"engine": "fp8"}, rollout={"refit": "gathered"}
+    )
+    edit_model(folder, hidden_size=192, num_attention_heads=6, num_key_value_heads=6)
+    assert "with hidden size 192, head size 32 and feed-forward size 352 no rank has a matrix that can be cut into blocks of 128 x 128" in (
+        refusal(folder, precision={"engine": "fp8"})
+    )
+    edit_model(folder, hidden_size=256, intermediate_size=512, num_attention_heads=2, num_key_value_heads=2, head_dim=128)
+    check_train(train_config(folder, precision={"engine": "fp8"}))
 
 
 # --------------------------------------------------------------------------------------------------------------------------- model

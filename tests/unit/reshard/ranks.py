@@ -99,7 +99,7 @@ def make_refit(
     KEPT.append(shared)
     engine = ArrayEngine(parameters(destination, rank, torch.bfloat16))
     plan = make_plan(source, destination, 2, ROUND_BYTES)
-    return Refit({torch.bfloat16: plan}, rank, lambda: shared.tensors, engine, timeout_s=timeout_s, links=links), engine, shared.tensors
+    return Refit([(torch.bfloat16, plan)], rank, lambda: shared.tensors, engine, timeout_s=timeout_s, links=links), engine, shared.tensors
 
 
 KEPT: list[SharedCopies] = []
@@ -210,13 +210,15 @@ def case_dropped(rank: int, num_ranks: int, folder: Path) -> None:
     refit, engine, _ = make_refit(rank, num_ranks, through_wires)
     refit(policy_version=1)
     if rank == 1:
-        refit._executor._program.rounds[-1].unpack.clear()
+        refit._parts[0].executor._program.rounds[-1].unpack.clear()
     with pytest.raises(RefitError, match=r"arrived on rank 1 in round \d+ of \d+ as .*; \d+ of \d+ tensors differ"):
         refit(policy_version=2)
     assert engine.version is None
     plan = make_plan(megatron_layout(SHAPE, Topology(num_ranks, 2, num_ranks // 2), 8), engine_layout(SHAPE, num_ranks, 1), 2, ROUND_BYTES)
     short = dataclasses.replace(plan, rounds=(*plan.rounds[:-1], plan.rounds[-1][1:]))
-    refit = Refit({torch.bfloat16: short}, rank, lambda: parameters(plan.source, rank, torch.bfloat16, checkpoint()), engine, timeout_s=60)
+    refit = Refit(
+        [(torch.bfloat16, short)], rank, lambda: parameters(plan.source, rank, torch.bfloat16, checkpoint()), engine, timeout_s=60
+    )
     with pytest.raises(RefitError, match=r"refit 3 wrote \d+ of \d+ bytes; restart from the last checkpoint"):
         refit(policy_version=3)
 
@@ -229,7 +231,7 @@ def case_misplaced(rank: int, num_ranks: int, folder: Path) -> None:
     for change in (lambda copy: {"source_start": (copy.source_start[0] - 4,)}, lambda copy: {"destination_start": (0,)}):
         rounds = tuple(tuple(copy._replace(**change(copy)) if copy.tensor == name else copy for copy in copies) for copies in plan.rounds)
         assert rounds != plan.rounds
-        wrong = Refit({torch.bfloat16: dataclasses.replace(plan, rounds=rounds)}, rank, lambda: weights, engine, timeout_s=60)
+        wrong = Refit([(torch.bfloat16, dataclasses.replace(plan, rounds=rounds))], rank, lambda: weights, engine, timeout_s=60)
         with pytest.raises(
             RefitError, match=r"model.layers.0.self_attn.\w_proj.bias \[\d+\] of rank \d .* arrived on rank \d .* as model.layers.0"
         ):
@@ -261,7 +263,7 @@ def fail_in_the_middle(rank: int, num_ranks: int, fault: Callable[[], None], tim
     links = broken(rank, lambda packed: fault()) if num_ranks == 2 else unchanged
     refit, engine, _ = make_refit(rank, num_ranks, links, timeout_s=timeout_s)
     if num_ranks == 4 and rank == 1:
-        refit._executor._links.window.open = lambda parameters: fault()  # type: ignore[union-attr,method-assign,assignment]
+        refit._parts[0].executor._links.window.open = lambda parameters: fault()  # type: ignore[union-attr,method-assign,assignment]
     start = time.monotonic()
     with pytest.raises(RefitError) as caught:
         refit(policy_version=5)

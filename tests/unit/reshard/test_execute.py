@@ -83,7 +83,7 @@ def single_rank() -> tuple[dict[str, torch.Tensor], ArrayEngine, Refit]:
     source, destination = megatron_layout(SHAPE, Topology(1), 32), engine_layout(SHAPE, 1, 1)
     weights = {name: torch.randn(size, requires_grad=True) for name, size in source.parameters[0].items()}
     engine = ArrayEngine({name: torch.zeros(size) for name, size in destination.parameters[0].items()})
-    return weights, engine, Refit({torch.float32: make_plan(source, destination, 4)}, 0, lambda: weights, engine)  # type: ignore[arg-type]
+    return weights, engine, Refit([(torch.float32, make_plan(source, destination, 4))], 0, lambda: weights, engine)  # type: ignore[arg-type]
 
 
 def test_refit_without_a_process_group() -> None:
@@ -110,7 +110,7 @@ def test_construction_compares_parameters_with_the_plan() -> None:
     live = {name: torch.zeros(size) for name, size in destination.parameters[0].items()}
 
     def build(live: dict[str, torch.Tensor]) -> Refit:
-        return Refit({torch.float32: plan}, 0, lambda: weights, ArrayEngine(live))  # type: ignore[arg-type]
+        return Refit([(torch.float32, plan)], 0, lambda: weights, ArrayEngine(live))  # type: ignore[arg-type]
 
     build(live)
     with pytest.raises(RefitError, match=r"engine has no parameter model.norm.weight"):
