@@ -155,7 +155,7 @@ def draw_samples(count: int, shortest: int, longest: int) -> list[Sample]:
             prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(shortest, longest))]
         length = min(max(int(draw.lognormvariate(3.33, 0.6)), 4), LONGEST_RESPONSE)
         response = [draw.randrange(VOCAB) for _ in range(length)]
-        samples.append(Sample(str(index), (*prompt, *response), len(prompt), draw.choice((-0.25, 0.75)), (), 0))
+        samples.append(Sample(str(index), (*prompt, *response), len(prompt), draw.choice((-0.25, 0.75)), 1.0, (), 0))
     return samples
 
 
@@ -163,7 +163,7 @@ def make_steps(options: argparse.Namespace, samples: Sequence[Sample]) -> dict[s
     """The ways that are compared; transformers works on the first rank while the others wait."""
     parallel = ParallelConfig(num_ranks=options.ranks, tensor_parallel_size=options.ranks, micro_batch_tokens=BUDGET_TOKENS)
     settings = Settings(ModelConfig(path=options.model), parallel, PrecisionConfig(policy="fp32"))
-    policy: Any = make_policy(settings, plan_weights(settings), 1.0)
+    policy: Any = make_policy(settings, plan_weights(settings))
     policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2), OPTIMIZER)
     rules = policy.packing_rules()
     steps = {"packed": megatron_step(policy, samples, rules)}

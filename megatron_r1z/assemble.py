@@ -93,12 +93,12 @@ def check_world_size(num_ranks: int) -> None:
         raise ConfigError(f"torchrun started {world_size} ranks but parallel.num_ranks is {num_ranks}; make them equal.")
 
 
-def make_policy(config: Settings, weights: Weights, temperature: float) -> MegatronPolicy:
+def make_policy(config: Settings, weights: Weights) -> MegatronPolicy:
     """The policy with the weights that the configuration names, not yet ready to train."""
     multiple = VOCAB_MULTIPLE[has_transformer_engine()] * weights.topology.tp
     start_megatron(weights.topology, config.model.seed)
     padded = padded_vocab_size(weights.shape.vocab_size, multiple)
-    policy = MegatronPolicy(config, weights.shape, weights.topology, padded_vocab_size=padded, temperature=temperature)
+    policy = MegatronPolicy(config, weights.shape, weights.topology, padded_vocab_size=padded)
     if config.model.random_init:
         random_weights(weights.shape, weights.layout, dist.get_rank(), policy.parameters(), config.model.seed)
     elif config.model.checkpoint is not None:
@@ -166,7 +166,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     tokenizer = load_tokenizer(config.model.path)
     train_sets = load_prompts(config.data, config.data.train, tokenizer)
     evaluation = load_prompts(config.data, config.evaluation.sets, tokenizer)
-    policy = make_policy(config, weights, config.rollout.temperature)
+    policy = make_policy(config, weights)
     policy.start_training(_make_loss(config), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
@@ -278,7 +278,7 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     """The pre-training run of this rank, ready at its latest checkpoint; its files are closed at the end."""
     folder = Path(config.logging.folder)
     documents, num_dropped = load_documents(config.corpus, load_tokenizer(config.model.path))
-    policy = make_policy(config, weights, temperature=1.0)
+    policy = make_policy(config, weights)
     policy.start_training(next_token_loss, config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     stream = DocumentStream(documents, config.corpus.seed)
@@ -327,7 +327,7 @@ def _fill_engine(config: EvaluateConfig, engine: VllmEngine, matrices: Collectio
     """Weights from the model folder straight into the engine, or from a checkpoint by way of a policy that is dropped again."""
     if config.model.checkpoint is not None:
         weights = plan_weights(config)
-        make_refit(config, weights, make_policy(config, weights, temperature=1.0), engine, matrices)(EVALUATED)
+        make_refit(config, weights, make_policy(config, weights), engine, matrices)(EVALUATED)
         return
     shape = load_shape(config.model.path)
     layout, rank = _engine_layout(config, shape), dist.get_rank()

@@ -335,7 +335,7 @@ def _convert_rank(conversion: Conversion) -> int:
     start = time.perf_counter()
     with joined_ranks(conversion):
         weights = plan_weights(conversion)
-        policy = make_policy(conversion, weights, temperature=1.0)
+        policy = make_policy(conversion, weights)
         done = write(conversion, weights.shape, weights.layout, policy, start)
     if os.environ["RANK"] == "0":
         print(

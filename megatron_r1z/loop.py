@@ -138,7 +138,7 @@ def train(run: Run) -> bool:
             graded = sorted(ranks.gather(run.grader.grade(groups)), key=lambda item: item.group.group_id)
         if run.stopped():
             break
-        samples = make_samples(graded, run.objective)
+        samples = make_samples(graded, run.objective, run.config.rollout.temperature)
         batches, step_of = make_batches(samples, run, iteration)
         if not certified:
             _certify(run, samples)
@@ -172,8 +172,8 @@ def _hand_over(run: Run, policy_version: int) -> RefitReceipt:
     return receipt
 
 
-def make_samples(graded: Sequence[GradedGroup], objective: Objective) -> list[Sample]:
-    """One row per response, in group order, with its advantage."""
+def make_samples(graded: Sequence[GradedGroup], objective: Objective, temperature: float) -> list[Sample]:
+    """One row per response, in group order, with its advantage; `temperature` is what they were sampled at."""
     samples = []
     for item in graded:
         prompt = item.group.prompt
@@ -185,6 +185,7 @@ def make_samples(graded: Sequence[GradedGroup], objective: Objective) -> list[Sa
                     token_ids=prompt.token_ids + response.token_ids,
                     prompt_length=len(prompt.token_ids),
                     advantage=advantage,
+                    temperature=temperature,
                     engine_logprobs=response.logprobs,
                     policy_version=response.policy_version,
                 )

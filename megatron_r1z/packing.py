@@ -40,6 +40,7 @@ class MicroBatch:
     targets_R: Tensor
     advantages_R: Tensor
     weights_R: Tensor
+    temperatures_R: Tensor
     engine_logprobs_R: Tensor
     sequences_R: Tensor
     """Number of the sequence that the token is in."""
@@ -325,6 +326,7 @@ def _make_micro_batch(
     targets: list[int] = []
     advantages: list[float] = []
     weights: list[float] = []
+    temperatures: list[float] = []
     engine: list[float] = []
     sequences: list[int] = []
     for number, sample in enumerate(samples):
@@ -334,6 +336,7 @@ def _make_micro_batch(
         targets.extend(sample.token_ids[sample.prompt_length :])
         advantages.extend([sample.advantage] * length)
         weights.extend([token_weight(length)] * length)
+        temperatures.extend([sample.temperature] * length)
         engine.extend(sample.engine_logprobs or [0.0] * length)
         sequences.extend([number] * length)
         tokens.extend((*sample.token_ids, *[0] * (padded - len(sample.token_ids))))
@@ -354,6 +357,7 @@ def _make_micro_batch(
         targets_R=torch.tensor(targets, dtype=torch.int64),
         advantages_R=torch.tensor(advantages, dtype=torch.float32),
         weights_R=torch.tensor(weights, dtype=torch.float32),
+        temperatures_R=torch.tensor(temperatures, dtype=torch.float32),
         engine_logprobs_R=torch.tensor(engine, dtype=torch.float32),
         sequences_R=torch.tensor(sequences, dtype=torch.int64),
         sample_ids=tuple(sample.sample_id for sample in samples),

@@ -92,6 +92,7 @@ def make_samples(run: Pretraining, documents: list[Document]) -> list[Sample]:
             token_ids=document.token_ids,
             prompt_length=max(document.prompt_length if only_response else 0, 1),  # the first token has nothing to be predicted from
             advantage=1.0,
+            temperature=1.0,
             engine_logprobs=(),
             policy_version=run.state.step,
         )

@@ -35,6 +35,7 @@ def _row(item: GradedGroup, index: int, sample: Sample, step_of: Mapping[str, in
         "response": response.text,
         "response_token_ids": response.token_ids,
         "engine_logprobs": response.logprobs,
+        "temperature": sample.temperature,
         "finish_reason": response.finish_reason.value,
         "verdict": verdict.kind.value,
         "extracted": verdict.extracted,

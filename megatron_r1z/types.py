@@ -107,7 +107,7 @@ class GradedGroup:
 class Sample:
     """One row ready for training.
 
-    >>> Sample("0/3", (24, 17, 9, 17, 2), 3, 0.875, (-0.1, -0.2), 3).response_length
+    >>> Sample("0/3", (24, 17, 9, 17, 2), 3, 0.875, 1.0, (-0.1, -0.2), 3).response_length
     2
     """
 
@@ -118,6 +118,8 @@ class Sample:
     prompt_length: int
     """Tokens of the prompt: the response starts here."""
     advantage: float
+    temperature: float
+    """At which the engine sampled it, and at which its log-probs are taken."""
     engine_logprobs: tuple[float, ...]
     """One per response token."""
     policy_version: int

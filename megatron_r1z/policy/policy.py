@@ -64,11 +64,10 @@ class MegatronPolicy:
     Build it, write weights into `parameters()`, then call `start_training()`: from there on it owns an optimizer.
     """
 
-    def __init__(self, settings: Settings, shape: ModelShape, topology: Topology, *, padded_vocab_size: int, temperature: float) -> None:
+    def __init__(self, settings: Settings, shape: ModelShape, topology: Topology, *, padded_vocab_size: int) -> None:
         self.shape = shape
         self.topology = topology
         self._settings = settings
-        self._temperature = temperature
         with megatron_device():
             self._bare = build_chunks(shape, settings.parallel, settings.precision, padded_vocab_size)
         self._shared = share_weights(self._bare)
@@ -86,7 +85,7 @@ class MegatronPolicy:
         self._loss = loss
         self._optimizer_config = config
         chunks = wrap_chunks(self._bare, config)
-        self.model = step.Model(chunks, self.shape.vocab_size, self._temperature)
+        self.model = step.Model(chunks, self.shape.vocab_size)
         self.optimizer = build_optimizer(chunks, config)
         self.schedule = build_schedule(self.optimizer, config)
         for chunk in chunks:

@@ -35,7 +35,6 @@ class Model:
     chunks: list[DistributedDataParallel]
     vocab_size: int
     """Without padding."""
-    temperature: float
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _run_schedule(model: Model, work: Sequence[Work], bind: Callable[[Work], Any
 
     def forward_step(items: Iterator[Work], chunk: DistributedDataParallel) -> tuple[Tensor, Any]:
         item = next(items)
-        return chunk(item.batch, model.vocab_size, model.temperature), bind(item)
+        return chunk(item.batch, model.vocab_size), bind(item)
 
     on_device = [_to_device(item) for item in work]
     iterators = [iter(on_device) for _ in model.chunks]

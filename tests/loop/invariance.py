@@ -14,11 +14,11 @@ INTRODUCTION = """\
 
 <!-- Written by `make invariance` from tests/loop/test_layouts.py; do not edit. -->
 
-Every row takes the same two optimizer steps: one fixed batch of twelve samples with responses of 1 to 90 tokens, ratios clipped on
-either side, a gradient that is clipped in the first step and not in the second. The reference is a transformers model in float64 in one
-process, full logits of one sample at a time, torch's AdamW; it shares no code with the package. Figures are the largest differences
-over steps and tensors: absolute for the log-probs of response tokens, relative for loss, gradient norm (before clipping) and updated
-weights (by the norm of the weight). Every float32 row must be within {bound:g}; a bfloat16 has 8 bits, so its weights are rounded by up
+Every row takes the same two optimizer steps: one fixed batch of twelve samples with responses of 1 to 90 tokens, each at a temperature of
+its own between 0.6 and 1.3, ratios clipped on either side, a gradient that is clipped in the first step and not in the second. The
+reference is a transformers model in float64 in one process, full logits of one sample at a time, torch's AdamW; it shares no code with the
+package. Figures are the largest differences over steps and tensors: absolute for the log-probs of response tokens, relative for loss,
+gradient norm (before clipping) and updated weights (by the norm of the weight). Every float32 row must be within {bound:g}; a bfloat16 has 8 bits, so its weights are rounded by up
 to 2**-8 = 0.004.
 
 *Split*: tp tensor, pp pipeline, vpp virtual pipeline, cp context, dp data parallel, sp sequence parallel; selective and full recompute

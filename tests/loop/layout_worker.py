@@ -78,7 +78,7 @@ def take_steps(task: dict, topology: Topology) -> dict:
     shape = load_shape(task["model"])
     layout = megatron_layout(shape, topology, 1)
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
-    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded, temperature=task["temperature"])
+    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded)
     copy_in(layout, policy.parameters(), AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).state_dict())
     policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2), optimizer)
 

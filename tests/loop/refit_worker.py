@@ -184,7 +184,7 @@ def make_policy(settings: Mapping[str, Any]) -> tuple[Any, Any]:
         precision = PrecisionConfig(policy="fp32", engine="fp32")
 
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
-    policy = MegatronPolicy(Sections, shape, topology, padded_vocab_size=padded, temperature=1.0)  # type: ignore[arg-type]
+    policy = MegatronPolicy(Sections, shape, topology, padded_vocab_size=padded)  # type: ignore[arg-type]
     source = megatron_layout(shape, topology, 1)
     random_weights(shape, source, dist.get_rank(), policy.parameters(), seed=3)
     destination = engine_layout(shape, dist.get_world_size(), settings["engine_tp"])

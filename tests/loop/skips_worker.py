@@ -72,7 +72,7 @@ def try_layout(model: str, parallel: dict[str, Any], optimizer: dict[str, Any], 
 def make_policy(settings: Settings, optimizer: OptimizerConfig) -> MegatronPolicy:
     shape, topology = load_shape(settings.model.path), settings.parallel.topology
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
-    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded, temperature=1.0)
+    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded)
     assert set(policy.parameters()) == set(megatron_layout(shape, topology, 1).parameters[dist.get_rank()])
     for index, (name, tensor) in enumerate(sorted(policy.parameters().items())):
         generator = torch.Generator().manual_seed(index)
@@ -97,7 +97,7 @@ def make_samples(advantages: dict[int, float]) -> list[Sample]:
     samples = []
     for index in range(8):
         tokens = tuple(draw.randrange(1, 64) for _ in range(draw.randint(5, 30)))
-        sample = Sample(f"0/{index}", tokens, 3, advantages.get(index, draw.choice((-0.5, 0.5))), (-1.0,) * (len(tokens) - 3), 0)
+        sample = Sample(f"0/{index}", tokens, 3, advantages.get(index, draw.choice((-0.5, 0.5))), 1.0, (-1.0,) * (len(tokens) - 3), 0)
         samples.append(sample)
     return samples
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tests.loop.invariance import BOUNDS, render
 pytestmark = pytest.mark.slow
 
 VOCAB = 311  # no multiple of anything: the vocabulary is padded under tensor parallelism
-TEMPERATURE = 0.7
+TEMPERATURES = (0.8, 1.3, 0.6, 1.0)
 LENGTH_CONSTANT = 100
 LEARNING_RATE = 3e-4
 EPSILON = 1e-8
@@ -161,14 +161,14 @@ def make_model(folder: Path, family: str) -> None:
 
 
 def draw_samples() -> list[Sample]:
-    """Short and long responses, one of a single token, some without a gradient; the advantages do not cancel."""
+    """Short and long responses, one of a single token, one without a gradient; the advantages do not cancel, temperatures differ."""
     draw = random.Random(0)
     samples = []
     for index, length in enumerate((1, 3, 3, 7, 7, 20, 20, 40, 40, 60, 90, 90)):
         prompt = draw.randint(1, 20)
         tokens = tuple(draw.randrange(VOCAB) for _ in range(prompt + length))
         advantage = draw.choice((-0.25, 0.75, 0.875))
-        samples.append(Sample(f"0/{index}", tokens, prompt, advantage if index != 5 else 0.0, (), 0))
+        samples.append(Sample(f"0/{index}", tokens, prompt, advantage if index != 5 else 0.0, TEMPERATURES[index % 4], (), 0))
     return samples
 
 
@@ -190,7 +190,7 @@ def draw_engine_shifts() -> Tensor:
 def response_logprobs(model: torch.nn.Module, sample: Sample) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the response tokens."""
     tokens = torch.tensor([sample.token_ids])
-    logprobs = torch.log_softmax(model(tokens).logits[0] / TEMPERATURE, dim=-1)[sample.prompt_length - 1 : -1]
+    logprobs = torch.log_softmax(model(tokens).logits[0] / sample.temperature, dim=-1)[sample.prompt_length - 1 : -1]
     entropies = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
     return logprobs.gather(1, tokens[0, sample.prompt_length :, None])[:, 0], entropies
 
@@ -325,10 +325,7 @@ def result_of(
 
     def task(case: Case) -> dict[str, Any]:
         logprobs = references[case.family, case.algorithm].logprobs
-        samples = [
-            Sample(item.sample_id, item.token_ids, item.prompt_length, item.advantage, tuple(values.tolist()), 0)
-            for item, values in zip(draw_samples(), logprobs, strict=True)
-        ]
+        samples = [replace(item, engine_logprobs=tuple(values.tolist())) for item, values in zip(draw_samples(), logprobs, strict=True)]
         return {
             "name": case.name,
             "model": str(models[case.family]),
@@ -340,7 +337,6 @@ def result_of(
             "precision": case.precision,
             "parallel": LAYOUTS[case.layout][1] | BATCHES[case.batches],
             "distributed": case.layout.endswith("distributed-optimizer"),
-            "temperature": TEMPERATURE,
             "length_constant": LENGTH_CONSTANT,
             "lr": LEARNING_RATE,
             "eps": EPSILON,

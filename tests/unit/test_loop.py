@@ -85,20 +85,20 @@ def some_groups(count: int, samples: int) -> list[GradedGroup]:
 @given(rewards=st.lists(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=4, max_size=4), min_size=1, max_size=4))
 def test_samples_are_the_responses_in_group_order(name: str, rewards: list[list[float]]) -> None:
     groups = [graded(3 * number, row) for number, row in enumerate(rewards)]
-    samples = make_samples(groups, OBJECTIVES[name])
+    samples = make_samples(groups, OBJECTIVES[name], 0.7)
     assert [sample.sample_id for sample in samples] == [f"{item.group.group_id}/{index}" for item in groups for index in range(4)]
     responses = [(item.group.prompt, response) for item in groups for response in item.group.responses]
     for sample, (prompt, response) in zip(samples, responses, strict=True):
         assert sample.token_ids[: sample.prompt_length] == prompt.token_ids
         assert sample.token_ids[sample.prompt_length :] == response.token_ids
         assert sample.engine_logprobs == response.logprobs
-        assert (sample.response_length, sample.policy_version) == (response.length, 7)
+        assert (sample.response_length, sample.policy_version, sample.temperature) == (response.length, 7, 0.7)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_advantages_are_taken_within_each_group(name: str) -> None:
     groups = [graded(0, [1.0, 0.0, 0.0]), graded(1, [1.0, 1.0, 1.0]), graded(2, [0.0, 0.0, 1.0])]
-    samples = make_samples(groups, OBJECTIVES[name])
+    samples = make_samples(groups, OBJECTIVES[name], 0.7)
     expected = [OBJECTIVES[name].advantages([verdict.reward for verdict in item.verdicts]) for item in groups]
     assert [sample.advantage for sample in samples] == [value for row in expected for value in row]
     assert [sample.advantage for sample in samples[3:6]] == [0.0] * 3
@@ -115,7 +115,7 @@ def ids(step_of: dict[str, int]) -> dict[int, set[str]]:
 @given(seed=st.integers(0, 9), iteration=st.integers(0, 99), batch=st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_batches_are_a_partition(seed: int, iteration: int, batch: int) -> None:
     run = make_run(seed=seed, batch=batch)
-    samples = make_samples(some_groups(4, 3), run.objective)
+    samples = make_samples(some_groups(4, 3), run.objective, 0.7)
     batches, step_of = make_batches(samples, run, iteration)
     assert sorted(step_of) == sorted(sample.sample_id for sample in samples)
     assert {step: len(members) for step, members in ids(step_of).items()} == dict.fromkeys(range(12 // batch), batch)
@@ -131,13 +131,13 @@ def test_batches_are_a_partition(seed: int, iteration: int, batch: int) -> None:
 def test_the_denominator_counts_all_samples_of_the_step(algorithm: str, denominator: int) -> None:
     run = make_run(algorithm)
     for groups in (some_groups(4, 3), [graded(number, [1.0] * 3) for number in range(4)]):
-        for batch in make_batches(make_samples(groups, run.objective), run, 0)[0]:
+        for batch in make_batches(make_samples(groups, run.objective, 0.7), run, 0)[0]:
             assert batch.denominator == sum(item.denominator for item in batch.micro_batches) == denominator
 
 
 def test_the_denominator_of_token_mean_is_the_tokens_of_the_step() -> None:
     run = make_run("token_mean")
-    samples = make_samples(some_groups(4, 3), run.objective)
+    samples = make_samples(some_groups(4, 3), run.objective, 0.7)
     batches, step_of = make_batches(samples, run, 0)
     for step, batch in enumerate(batches):
         assert batch.denominator == sum(sample.response_length for sample in samples if step_of[sample.sample_id] == step)
@@ -145,14 +145,14 @@ def test_the_denominator_of_token_mean_is_the_tokens_of_the_step() -> None:
 
 def test_token_weights_are_those_of_the_objective() -> None:
     run = make_run("grpo")
-    for batch in make_batches(make_samples(some_groups(4, 3), run.objective), run, 0)[0]:
+    for batch in make_batches(make_samples(some_groups(4, 3), run.objective, 0.7), run, 0)[0]:
         for item in batch.micro_batches:
             lengths = 1 + item.targets_R % 100 // 10
             assert torch.equal(item.weights_R, 1.0 / lengths)
 
 
 def test_the_order_follows_from_seed_and_iteration_alone() -> None:
-    samples = make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"])
+    samples = make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"], 0.7)
 
     def order(seed: int, iteration: int) -> dict[str, int]:
         return make_batches(samples, make_run(prompts=16, samples=4, batch=16, seed=seed), iteration)[1]
@@ -163,14 +163,14 @@ def test_the_order_follows_from_seed_and_iteration_alone() -> None:
 
 def test_the_samples_of_a_group_are_scattered_over_the_steps() -> None:
     """As in OAT, which permutes the whole buffer."""
-    _, step_of = make_batches(make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"]), make_run(prompts=16, samples=4, batch=16), 0)
+    _, step_of = make_batches(make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"], 0.7), make_run(prompts=16, samples=4, batch=16), 0)
     groups = [{step_of[f"{group}/{index}"] for index in range(4)} for group in range(16)]
     assert sum(len(steps) > 1 for steps in groups) > 12
 
 
 def test_a_single_step_has_everything() -> None:
     run = make_run(batch=12)
-    samples = make_samples(some_groups(4, 3), run.objective)
+    samples = make_samples(some_groups(4, 3), run.objective, 0.7)
     batches, step_of = make_batches(samples, run, 5)
     assert len(batches) == 1
     assert set(step_of.values()) == {0}
@@ -178,7 +178,7 @@ def test_a_single_step_has_everything() -> None:
 
 def test_the_order_of_the_samples_is_left_as_it_is() -> None:
     """They go to disk in group order after this."""
-    samples: list[Sample] = make_samples(some_groups(4, 3), OBJECTIVES["drgrpo"])
+    samples: list[Sample] = make_samples(some_groups(4, 3), OBJECTIVES["drgrpo"], 0.7)
     before = list(samples)
     make_batches(samples, make_run(), 0)
     assert samples == before

@@ -37,6 +37,7 @@ def make_sample(index: int, prompt: int, response: int, advantage: float) -> Sam
         token_ids=tuple(range(first, first + prompt + response)),
         prompt_length=prompt,
         advantage=advantage,
+        temperature=0.5 + index / 8,
         engine_logprobs=tuple(-(first + place) / 2**20 for place in range(response)),
         policy_version=0,
     )
@@ -106,7 +107,7 @@ def join_micro_batches(parts: Sequence[MicroBatch]) -> MicroBatch:
     def together(name: str) -> torch.Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 
-    of_responses = ("targets_R", "advantages_R", "weights_R", "engine_logprobs_R", "sequences_R")
+    of_responses = ("targets_R", "advantages_R", "weights_R", "temperatures_R", "engine_logprobs_R", "sequences_R")
     assert sorted(places.tolist()) == list(range(len(places)))
     assert all(torch.equal(part.cu_seqlens_S1, parts[0].cu_seqlens_S1) for part in parts)
     assert len({(part.max_seqlen, part.sample_ids, part.num_tokens) for part in parts}) == 1
@@ -147,6 +148,7 @@ def test_every_trained_token_is_there_once_with_what_belongs_to_it(rows: list[Sa
             item.targets_R.tolist(),
             item.advantages_R.tolist(),
             item.weights_R.tolist(),
+            item.temperatures_R.tolist(),
             item.engine_logprobs_R.tolist(),
             strict=True,
         )
@@ -156,7 +158,7 @@ def test_every_trained_token_is_there_once_with_what_belongs_to_it(rows: list[Sa
             assert item.sample_ids[number] == f"{target // 1000 - 1}/0"
     f32 = lambda value: torch.tensor(value, dtype=torch.float32).item()  # noqa: E731
     expected = Counter(
-        (target, f32(row.advantage), f32(weight(row.response_length)), f32(logprob))
+        (target, f32(row.advantage), f32(weight(row.response_length)), f32(row.temperature), f32(logprob))
         for row in rows
         if row.advantage != 0 or not skip
         for target, logprob in zip(row.token_ids[row.prompt_length :], row.engine_logprobs, strict=True)
@@ -260,7 +262,7 @@ def test_a_step_without_gradient_still_has_a_micro_batch(rows: list[Sample]) -> 
 
 def test_samples_without_engine_logprobs_get_zeros() -> None:
     """Documents of pre-training come from no engine."""
-    row = Sample("0", (5, 6, 7, 8), 1, 1.0, (), 0)
+    row = Sample("0", (5, 6, 7, 8), 1, 1.0, 1.0, (), 0)
     (batch,) = pack_all([row], PackingRules(data_parallel_size=1, micro_batch_tokens=64))
     assert batch.micro_batches[0].engine_logprobs_R.tolist() == [0.0] * 3
 

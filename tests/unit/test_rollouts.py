@@ -28,7 +28,7 @@ def graded(group_id: int, rewards: tuple[float, ...]) -> GradedGroup:
 
 def make_samples(groups: list[GradedGroup]) -> list[Sample]:
     return [
-        Sample(f"{item.group.group_id}/{index}", item.group.prompt.token_ids + response.token_ids, 3, advantage, response.logprobs, 12)
+        Sample(f"{item.group.group_id}/{index}", item.group.prompt.token_ids + response.token_ids, 3, advantage, 0.7, response.logprobs, 12)
         for item in groups
         for index, (response, advantage) in enumerate(zip(item.group.responses, advantages(item), strict=True))
     ]
@@ -67,6 +67,7 @@ def test_a_row_is_complete(rows: list[dict[str, Any]]) -> None:
         "response": TEXTS[1],
         "response_token_ids": [5, 7],
         "engine_logprobs": [-0.1, -1.2],
+        "temperature": 0.7,
         "finish_reason": "length",
         "verdict": "truncated",
         "extracted": None,

@@ -30,7 +30,7 @@ TAKEN = UpdateStats(
     num_tokens=8,
     skipped=False,
 )
-SAMPLES = [Sample(f"{index}/0", (index, 7, 8), 1, 0.5 if index else 0.0, (), 0) for index in range(12)]
+SAMPLES = [Sample(f"{index}/0", (index, 7, 8), 1, 0.5 if index else 0.0, 1.0, (), 0) for index in range(12)]
 NO_GRADIENT = replace(TAKEN, grad_norm=math.inf, skipped=True)
 NO_LOSS = replace(NO_GRADIENT, loss=math.nan, non_finite=("9/0", "3/0"))
 

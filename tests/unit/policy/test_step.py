@@ -58,7 +58,7 @@ def test_the_samples_with_a_loss_that_is_not_finite_are_found(
 ) -> None:
     """By the context-parallel rank that holds such a token."""
     samples = [
-        Sample(f"0/{index}", tuple(range(20 * index + 1, 20 * index + 1 + prompt + response)), prompt, 1.0, (0.0,) * response, 0)
+        Sample(f"0/{index}", tuple(range(20 * index + 1, 20 * index + 1 + prompt + response)), prompt, 1.0, 1.0, (0.0,) * response, 0)
         for index, (prompt, response) in enumerate(lengths)
     ]
     bad = data.draw(st.sets(st.sampled_from(range(len(samples)))))
