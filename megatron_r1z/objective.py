@@ -6,7 +6,8 @@ implemented in its listing 1,
     L = 1/D * sum_i w_i * sum_t max(-A_i * rho_it, -A_i * clip(rho_it, 1 - low, 1 + high)),   rho_it = exp(logp_it - old_logp_it)
 
 and the algorithms differ in three entries of a table: the advantage A_i, the token weight w_i and the denominator D. All three are
-known before the first forward pass and are the same on every rank, so no division by anything measured in a micro-batch exists.
+known before the first forward pass and are the same on every rank, so no division by anything measured in a micro-batch exists. An
+advantage may also be one per token, A_it, as PPO's are.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ STD_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class Objective:
-    """One row of the table."""
+class Aggregation:
+    """How the losses of the response tokens of a step are added up."""
 
-    advantages: Callable[[Sequence[float]], list[float]]
-    """Rewards of one group to advantages."""
     token_weight: Callable[[int], float]
     """Response length to w_i."""
     denominator: Callable[[Sequence[int], int], int]
     """Response lengths of the whole step and the length constant to D."""
+
+
+@dataclass(frozen=True)
+class Objective(Aggregation):
+    """One row of the table."""
+
+    advantages: Callable[[Sequence[float]], list[float]]
+    """Rewards of one group to advantages."""
 
 
 def centred(rewards_G: Sequence[float]) -> list[float]:
@@ -73,12 +80,16 @@ def _tokens(lengths_N: Sequence[int], _length_constant: int) -> int:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "drgrpo": Objective(centred, _one, _samples_times_constant),
-    "grpo": Objective(standardised, _inverse, _samples),
-    "rloo": Objective(leave_one_out, _one, _samples_times_constant),
-    "token_mean": Objective(centred, _one, _tokens),
+    "drgrpo": Objective(_one, _samples_times_constant, centred),
+    "grpo": Objective(_inverse, _samples, standardised),
+    "rloo": Objective(_one, _samples_times_constant, leave_one_out),
+    "token_mean": Objective(_one, _tokens, centred),
 }
 """`drgrpo`: arXiv 2503.20783; `grpo`: 2402.03300; `rloo`: 2402.14740; `token_mean`: the aggregation of DAPO, 2503.14476."""
+
+AGGREGATIONS: dict[str, Aggregation] = {**OBJECTIVES, "ppo": Aggregation(_inverse, _samples)}
+"""`ppo`: the mean over the tokens of a response, then over responses (OAT, `oat/algorithms/ppo.py`). Its advantages come per token from a
+critic, of which there is none: it is no objective that a run can have."""
 
 
 @dataclass(frozen=True)

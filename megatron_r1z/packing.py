@@ -142,7 +142,7 @@ def pack(
     share each micro-batch. Samples with advantage 0 have neither loss nor gradient under any objective of the table: they are left out of
     the forward pass, and stay in N and D.
     """
-    trained = [sample for sample in samples if sample.advantage != 0.0 or not skip_zero_advantage]
+    trained = [sample for sample in samples if sample.has_gradient or not skip_zero_advantage]
     pad = _Padding.of(trained, rules)
     ranks = _split_samples(trained, rules, pad)
     sizes = [[min(pad.length(sample), rules.micro_batch_tokens) for sample in rank_samples] for rank_samples in ranks]
@@ -334,7 +334,7 @@ def _make_micro_batch(
         first = len(tokens) + sample.prompt_length - 1
         rows.extend(range(first, first + length))
         targets.extend(sample.token_ids[sample.prompt_length :])
-        advantages.extend([sample.advantage] * length)
+        advantages.extend(sample.advantages)
         weights.extend([token_weight(length)] * length)
         temperatures.extend([sample.temperature] * length)
         engine.extend(sample.engine_logprobs or [0.0] * length)

@@ -46,7 +46,7 @@ class Skips:
 
 
 def _reason(stats: UpdateStats, samples: Sequence[Sample]) -> str:
-    trained = [sample for sample in samples if sample.advantage != 0.0]
+    trained = [sample for sample in samples if sample.has_gradient]
     culprits = [sample.sample_id for sample in trained if sample.sample_id in stats.non_finite]
     if culprits:
         return f"the loss was not finite for {len(culprits)} of {len(trained)} samples ({_names(culprits)})"

@@ -117,17 +117,32 @@ class Sample:
     """Prompt and response."""
     prompt_length: int
     """Tokens of the prompt: the response starts here."""
-    advantage: float
+    advantage: float | tuple[float, ...]
+    """Of all response tokens, or one for each."""
     temperature: float
     """At which the engine sampled it, and at which its log-probs are taken."""
     engine_logprobs: tuple[float, ...]
     """One per response token."""
     policy_version: int
 
+    def __post_init__(self) -> None:
+        if isinstance(self.advantage, tuple) and len(self.advantage) != self.response_length:
+            raise ValueError(f"sample {self.sample_id} has {len(self.advantage)} advantages and {self.response_length} response tokens.")
+
     @property
     def response_length(self) -> int:
         """Number of response tokens."""
         return len(self.token_ids) - self.prompt_length
+
+    @property
+    def advantages(self) -> tuple[float, ...]:
+        """One per response token."""
+        return self.advantage if isinstance(self.advantage, tuple) else (self.advantage,) * self.response_length
+
+    @property
+    def has_gradient(self) -> bool:
+        """False where every advantage is 0: then no objective has a loss or gradient."""
+        return any(self.advantages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,19 @@ INTRODUCTION = """\
 <!-- Written by `make invariance` from tests/loop/test_layouts.py; do not edit. -->
 
 Every row takes the same two optimizer steps: one fixed batch of twelve samples with responses of 1 to 90 tokens, each at a temperature of
-its own between 0.6 and 1.3, ratios clipped on either side, a gradient that is clipped in the first step and not in the second. The
+its own between 0.6 and 1.2, ratios clipped on either side, a gradient that is clipped in the first step and not in the second. The
 reference is a transformers model in float64 in one process, full logits of one sample at a time, torch's AdamW; it shares no code with the
-package. Figures are the largest differences over steps and tensors: absolute for the log-probs of response tokens, relative for loss,
-gradient norm (before clipping) and updated weights (by the norm of the weight). Every float32 row must be within {bound:g}; a bfloat16 has 8 bits, so its weights are rounded by up
-to 2**-8 = 0.004.
+package. Adam's epsilon is 1e-6 on both sides: at 1e-8 an element whose gradient is almost 0 moves by what rounding made of it. Figures
+are the largest differences over steps and tensors: absolute for the log-probs of response tokens, relative for loss, gradient norm
+(before clipping) and updated weights (by the norm of the weight). Every float32 row must be within {bound:g}; a bfloat16 has 8 bits, so its
+weights are rounded by up to 2**-8 = 0.004.
 
 *Split*: tp tensor, pp pipeline, vpp virtual pipeline, cp context, dp data parallel, sp sequence parallel; selective and full recompute
 activations.
-*Batches*: packed into as few micro-batches as fit, or padded to the longest; small ones make several micro-batches. The rows of a
-model differ by the order in which float32 numbers are added, and by nothing else: there is one denominator, known before the first
-forward pass ([algorithms.md](algorithms.md)).
+*Batches*: packed into as few micro-batches as fit, or padded to the longest; small ones make several micro-batches. The head computes
+all logits of a micro-batch in one tile here, except where *tiles* are so many bytes. *Objective*: the advantage is one per sample, under
+ppo one per token. The rows of a model and an objective differ by the order in which float32 numbers are added, and by nothing else: there
+is one denominator, known before the first forward pass ([algorithms.md](algorithms.md)).
 """
 
 

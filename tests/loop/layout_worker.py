@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,9 @@ from megatron_r1z.config import Fp8Config, ModelConfig, OptimizerConfig, Paralle
 from megatron_r1z.layout.blocks import Layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.objective import OBJECTIVES, clipped_losses
+from megatron_r1z.objective import AGGREGATIONS, clipped_losses
 from megatron_r1z.packing import MicroBatch, pack
+from megatron_r1z.policy import logprob
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
 
@@ -44,7 +46,9 @@ def main(folder: Path) -> None:
     results = {}
     for topology, group in groupby(sorted(tasks, key=lambda task: repr(topology_of(task))), key=topology_of):
         start_megatron(topology, seed=1)
-        results.update({task["name"]: take_steps(task, topology) for task in group})
+        for task in group:
+            with mock.patch.dict(logprob.TILE_BYTES, cpu=task["tile_bytes"]):
+                results[task["name"]] = take_steps(task, topology)
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
@@ -82,15 +86,15 @@ def take_steps(task: dict, topology: Topology) -> dict:
     copy_in(layout, policy.parameters(), AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).state_dict())
     policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2), optimizer)
 
-    objective = OBJECTIVES[task["algorithm"]]
+    aggregation = AGGREGATIONS[task["algorithm"]]
     where = topology.coordinates(dist.get_rank())
     batch = pack(
         task["samples"],
         policy.packing_rules(),
         where.dp_rank,
         where.cp_rank,
-        token_weight=objective.token_weight,
-        denominator=objective.denominator([sample.response_length for sample in task["samples"]], task["length_constant"]),
+        token_weight=aggregation.token_weight,
+        denominator=aggregation.denominator([sample.response_length for sample in task["samples"]], task["length_constant"]),
     )
     # The samples carry the reference's log-probs where the engine's would be; old log-probs are those, shifted so that the clip is live.
     logprobs = policy.response_logprobs(batch.micro_batches)

@@ -1,126 +1,235 @@
-"""FP8 through the real engine: the bytes that the policy multiplies are the bytes that vLLM multiplies."""
+"""A policy with FP8 products takes the same steps however it is split, and they are those of a reference that shares no code with it.
+
+The reference is the one of `test_layouts.py`, float64, with the linear layers of its decoder replaced by products of dequantised bytes.
+The policy keeps everything but the operands in float32: then both round to the same bytes nearly everywhere, and what is left is a
+handful of values so close to the middle between two numbers of e4m3 that the last bit of float32 decides. In bf16 there are many of them,
+which is why FP8 log-probs of two implementations are farther apart than bf16 ones (docs/fp8.md). The optimizer is AdamW with an epsilon so
+large that it changes weights in proportion to their gradient: with a small one it would take the sign of gradients that are all noise.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from torch import Tensor
 
-from tests.loop.conftest import ENVIRONMENT, ROOT, Task
+from megatron_r1z.fp8.blocks import dequantise, quantise_rows, quantise_weight
+from megatron_r1z.types import Sample
+from tests.loop.test_layouts import (
+    LENGTH_CONSTANT,
+    MAX_NORM,
+    TEMPERATURE,
+    VOCAB,
+    Reference,
+    draw_engine_shifts,
+    draw_samples,
+    draw_shifts,
+    take_reference_steps,
+)
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).with_name("fp8_worker.py")
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
-QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "torch_dtype": "float32",
+TP2, PP2, SP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"sequence_parallel": True}
+SMALL = {"micro_batch_tokens": 128}
+ENDS = {"first_layers_bf16": 1, "last_layers_bf16": 1}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, how they are split, precision.fp8
+    "tp1": (1, {}, {}),
+    "tp1-small": (1, SMALL, {}),
+    "tp1-full": (1, SMALL | {"recompute": "full"}, {}),
+    "tp1-ends-bf16": (1, {}, ENDS),
+    "tp2": (2, TP2, {}),
+    "tp2-sp": (2, TP2 | SP, {}),
+    "tp2-sp-full": (2, TP2 | SP | {"recompute": "full"}, {}),
+    "pp2": (2, PP2, {}),
+    "pp2-vpp2-ends-bf16": (2, PP2 | {"virtual_pipeline_size": 2}, ENDS),
+    "dp2": (2, {}, {}),
 }
+LAYERS = 4
+OPTIMIZER: dict[str, Any] = {"lr": 3.0, "eps": 1.0, "steps": 1}
 
 
-@pytest.fixture(scope="session")
-def make_model(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Path]:
-    """A model of one family whose matrices can be cut into blocks, without weights, with the task's tokenizer."""
-
-    def make(family: dict[str, Any]) -> Path:
-        folder = tmp_path_factory.mktemp("model") / "model"
-        shutil.copytree(task.model, folder)
-        config = json.loads((folder / "config.json").read_text())
-        kept = {key: config[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id") if key in config}
-        (folder / "config.json").write_text(json.dumps(kept | SIZES | family))
-        return folder
-
-    return make
-
-
-@pytest.mark.parametrize(("family", "engine_tp"), [(LLAMA, 1), (QWEN2, 2)], ids=["llama-2xTP1", "qwen2-biases-TP2"])
-def test_same_bytes_and_same_logprobs_on_both_sides(
-    make_model: Callable[[dict[str, Any]], Path], torchrun: Callable[..., None], tmp_path: Path, family: dict[str, Any], engine_tp: int
-) -> None:
-    """With float32 around the products both sides agree as float32 sides do; a policy that does not round is far away."""
-    model = make_model(family)
-    found = {}
-    for policy in ("fp8", "fp32"):
-        folder = tmp_path / policy
-        folder.mkdir()
-        torchrun(2, WORKER, model, policy, 2, engine_tp, folder)
-        found[policy] = json.loads((folder / "0.json").read_text())
-    assert found["fp8"]["count"] == found["fp32"]["count"] > 50
-    assert found["fp8"]["mean"] < found["fp32"]["mean"] / 20
-    assert found["fp8"]["mean"] < 2e-3
+def make_model(folder: Path) -> None:
+    """Blocks of 128 fit its heads and, of two ranks, each one's share."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1 if "norm" in name or "embed" in name else 0.06)
+    model.save_pretrained(folder)
 
 
-LOAD = """
-import json, sys
-from megatron_r1z.rollout.cpu import prepare_engine, prepare_import
-prepare_import()
-import torch
-torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-import os
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
-from vllm import LLM, SamplingParams
-folder, output, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-engine = LLM(folder, max_model_len=80, kv_cache_memory_bytes=64 << 20, disable_log_stats=True, **prepare_engine(80))
-outputs = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)
-with open(output, "w") as file:
-    json.dump([item.outputs[0].text for item in outputs], file)
-"""
+class ReferenceProduct(torch.autograd.Function):
+    """Operands by way of their bytes, products in float64."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs_TK, weight_NK)
+        return rounded(inputs_TK) @ rounded(weight_NK, quantise_weight).t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        inputs_TK, weight_NK = ctx.saved_tensors
+        gradient_TN = gradients[0]
+        grad_weight = rounded(gradient_TN.t()) @ rounded(inputs_TK.t()).t()
+        return rounded(gradient_TN) @ rounded(weight_NK, quantise_weight), grad_weight
+
+
+def rounded(values: Tensor, quantise: Callable[[Tensor], Any] = quantise_rows) -> Tensor:
+    with torch._C.DisableTorchFunction():  # of KeepFloat64, which makes a float64 of every float32
+        return dequantise(quantise(values.float().contiguous())).double()
+
+
+class ReferenceLinear(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return ReferenceProduct.apply(inputs.reshape(-1, inputs.shape[-1]), self.weight).view(*inputs.shape[:-1], -1)
+
+
+def replace_linears(model: torch.nn.Module, layers: range) -> None:
+    """All matrices of these layers."""
+    for number in layers:
+        for parent in (model.model.layers[number].self_attn, model.model.layers[number].mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, name, ReferenceLinear(child))
 
 
 @pytest.fixture(scope="module")
-def run(make_model: Callable[[dict[str, Any]], Path], training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Two iterations of an FP8 policy with FP8 engines: the folder and how it ended."""
-    layout = ("parallel.tensor_parallel_size=2", "rollout.tensor_parallel_size=2")
-    fp8 = ("precision.policy=fp8", "precision.engine=fp8", "model.random_init=true", f"model.path={make_model(LLAMA)}")
-    folder = tmp_path_factory.mktemp("run")
-    return folder, cli.run("train", *training, *layout, *fp8, "algorithm.iterations=2", f"logging.folder={folder}")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fp8_model")
+    make_model(folder)
+    return folder
 
 
-def test_a_run_trains_through_fp8_engines(run: tuple[Path, Any]) -> None:
-    folder, outcome = run
-    assert (outcome.status, outcome.stderr) == (0, "")
-    certificate = json.loads((folder / "certificate.json").read_text())
-    assert (certificate["engine"], certificate["policy"]) == ("fp8", "fp8")
-    assert certificate["mean_nats"] < 0.05
-    rows = [json.loads(row) for row in (folder / "refits.jsonl").read_text().splitlines()]
-    assert [row["policy_version"] for row in rows] == [0, 1, 2]
-    for row in rows:
-        by_format = row["bytes_by_format"]
-        assert by_format["float8_e4m3fn"] == 2 * (4 * 256 * 256 + 3 * 256 * 512)
-        assert by_format["float32"] == by_format["float8_e4m3fn"] // 128 // 128 * 4
-        assert row["bytes"] == sum(by_format.values())
-        assert row["not_in_fp8"] == []
+@pytest.fixture(scope="module")
+def references(model: Path) -> dict[str, Reference]:
+    """With all layers in FP8, with the inner ones, and with none."""
+    kinds = {"all": range(LAYERS), "inner": range(1, LAYERS - 1), "none": range(0)}
+    return {
+        kind: take_reference_steps(
+            model,
+            draw_samples(),
+            draw_shifts(),
+            "drgrpo",
+            prepare=lambda made, layers=layers: replace_linears(made, layers),
+            **OPTIMIZER,
+        )
+        for kind, layers in kinds.items()
+    }
 
 
-def test_an_fp8_folder_is_what_vllm_loads_and_what_an_fp8_engine_makes_of_a_bf16_folder(
-    run: tuple[Path, Any], task: Task, cli: Any, tmp_path: Path
+def kind_of(layout: str) -> str:
+    return "inner" if LAYOUTS[layout][2] else "all"
+
+
+@pytest.fixture(scope="module")
+def result_of(
+    model: Path, references: dict[str, Reference], torchrun: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """The result of a layout, or of the policy as it is configured, in bf16; all of a world size run in one group of processes."""
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+
+    def task(name: str, precision: str, against: str) -> dict[str, Any]:
+        _, parallel, fp8 = LAYOUTS.get(name, LAYOUTS["tp1"])
+        samples = [
+            Sample(item.sample_id, item.token_ids, item.prompt_length, item.advantage, tuple(values.tolist()), 0)
+            for item, values in zip(draw_samples(), references[against].logprobs, strict=True)
+        ]
+        return {
+            "name": name,
+            "model": str(model),
+            "samples": samples,
+            "shift_V": draw_shifts(),
+            "engine_shift_V": draw_engine_shifts(),
+            "measures_memory": False,
+            "algorithm": "drgrpo",
+            "precision": precision,
+            "fp8": fp8,
+            "parallel": {"micro_batch_tokens": 4096} | parallel,
+            "distributed": False,
+            "temperature": TEMPERATURE,
+            "length_constant": LENGTH_CONSTANT,
+            **OPTIMIZER,
+            "max_norm": MAX_NORM,
+        }
+
+    def result(name: str) -> dict[str, Any]:
+        num_ranks = LAYOUTS.get(name, (1,))[0]
+        if num_ranks not in found:
+            folder = tmp_path_factory.mktemp(f"fp8_world_{num_ranks}")
+            tasks = [task(layout, "fp8-fp32", kind_of(layout)) for layout in LAYOUTS if LAYOUTS[layout][0] == num_ranks]
+            if num_ranks == 1:
+                tasks += [
+                    task(f"{precision}/{against}", precision, against) for precision in ("fp8", "bf16") for against in ("all", "none")
+                ]
+            torch.save(tasks, folder / "tasks.pt")
+            torchrun(num_ranks, Path(__file__).with_name("layout_worker.py"), folder)
+            found[num_ranks] = torch.load(folder / "results.pt", weights_only=False)
+        return found[num_ranks][name]
+
+    return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_with_fp8_products_is_that_of_the_reference(
+    layout: str, result_of: Callable[[str], dict[str, Any]], references: dict[str, Reference]
 ) -> None:
-    exported, fp8 = run[0] / "hf" / "final", tmp_path / "fp8"
-    outcome = cli.run("convert", str(exported), str(fp8), "--to", "hf", "--dtype", "fp8")
-    assert (outcome.status, outcome.stderr) == (0, "")
-    texts = {}
-    for name, folder in (("bf16", exported), ("fp8", fp8)):
-        sets = (f"evaluation.sets=[{{path: {task.questions}, limit: 12}}]", "evaluation.temperature=0.0", "evaluation.samples=1")
-        arguments = ("configs/quickstart.yaml", f"model.path={folder}", *sets, "rollout.max_response_tokens=24", "precision.engine=fp8")
-        outcome = cli.run("evaluate", *arguments, "rollout.tensor_parallel_size=1", f"logging.folder={tmp_path / name}")
-        assert (outcome.status, outcome.stderr) == (0, "")
-        rows = [json.loads(line) for line in (tmp_path / name / "evaluation" / "easy_questions.jsonl").read_text().splitlines()]
-        texts[name] = [row["attempts"][0]["response"] for row in rows]
-    prompts = [json.loads(line)["problem"] for line in task.questions.read_text().splitlines()[:12]]
-    command = [sys.executable, "-c", LOAD, str(fp8), str(tmp_path / "texts.json"), json.dumps(prompts)]
-    subprocess.run(command, check=True, env=ENVIRONMENT, cwd=ROOT)
-    assert texts["fp8"] == texts["bf16"] == json.loads((tmp_path / "texts.json").read_text())
-    assert len(set(texts["fp8"])) > 1
+    """Bounds are shares of what FP8 itself changes. Measured: log-probs 0.013, gradients 0.36; with some layers in bf16 0.06 and 0.55."""
+    found, reference, plain = result_of(layout), references[kind_of(layout)], references["none"]
+    fp8_changes = distance(plain.after, reference.after, reference.before)
+    error = distance(found["weights"], reference.after, reference.before)
+    assert found["logprob_mean_error"] < 0.15 * mean_distance(reference.logprobs, plain.logprobs)
+    assert error < 0.65 * fp8_changes
+    (step,) = found["steps"]
+    assert step["loss"] == pytest.approx(reference.losses[0], abs=1e-3)
+    assert step["grad_norm"] == pytest.approx(reference.grad_norms[0], rel=0.02)
+    assert step["num_tokens"] == reference.figures[0]["num_tokens"]
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "tp1"])
+def test_a_step_with_fp8_products_is_the_same_step_under_every_layout(
+    layout: str, result_of: Callable[[str], dict[str, Any]], references: dict[str, Reference]
+) -> None:
+    """Shares of a rank end where blocks end, so all multiply the same bytes; only sums over ranks are rounded otherwise."""
+    one = result_of("tp1" if kind_of(layout) == "all" else "tp1-ends-bf16")
+    found, before = result_of(layout), references["none"].before
+    assert found["logprob_mean_error"] == pytest.approx(one["logprob_mean_error"], rel=1e-3)
+    error = distance(found["weights"], one["weights"], before)
+    assert error < 0.02
+
+
+def test_the_configured_policy_is_in_fp8(result_of: Callable[[str], dict[str, Any]]) -> None:
+    """In bf16 the last bits decide about many operands, so it is closer to the reference in FP8, but not by much (docs/fp8.md)."""
+    error = {name: result_of(name)["logprob_mean_error"] for name in ("fp8/all", "fp8/none", "bf16/all", "bf16/none")}
+    assert error["fp8/all"] < error["fp8/none"]
+    assert error["bf16/none"] < 0.2 * min(error["fp8/none"], error["bf16/all"])
+
+
+def mean_distance(first: list[Tensor], second: list[Tensor]) -> float:
+    return float(torch.cat([(mine - other).abs() for mine, other in zip(first, second, strict=True)]).mean())
+
+
+def distance(weights: dict[str, Tensor], others: dict[str, Tensor], before: dict[str, Tensor]) -> float:
+    """Between two sets of weights, over how far the second ones moved."""
+    apart = sum(((weights[name].double() - other) ** 2).sum() for name, other in others.items())
+    moved = sum(((before[name] - other) ** 2).sum() for name, other in others.items())
+    return float((apart / moved).sqrt())

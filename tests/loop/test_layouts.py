@@ -20,16 +20,17 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_r1z.policy import logprob
 from megatron_r1z.types import Sample
 from tests.loop.invariance import BOUNDS, render
 
 pytestmark = pytest.mark.slow
 
 VOCAB = 311  # no multiple of anything: the vocabulary is padded under tensor parallelism
-TEMPERATURES = (0.8, 1.3, 0.6, 1.0)
+TEMPERATURES = (0.8, 1.2, 0.6, 1.0)
 LENGTH_CONSTANT = 100
 LEARNING_RATE = 3e-4
-EPSILON = 1e-8
+EPSILON = 1e-6  # well above the noise of a gradient in float32, which Adam otherwise blows up where an element's gradient is almost 0
 STEPS = 2
 CLIP = 0.2
 MAX_NORM = 0.4  # between the first and the second gradient norm: the first is scaled down, the second is not
@@ -88,6 +89,8 @@ BATCHES = {
     "padded": {"micro_batch_tokens": 4096, "pad_sequences": True},
     "padded-small": {"micro_batch_tokens": 256, "pad_sequences": True},
 }
+TILES = {f"{batches}-tiles-{nbytes}": (batches, nbytes) for batches in ("packed", "padded") for nbytes in (512, 16384)}
+"""Batches whose logits the head computes in tiles of so many bytes; all others fit one tile."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,11 @@ class Case:
     def num_ranks(self) -> int:
         return LAYOUTS[self.layout][0]
 
+    @property
+    def parallel(self) -> dict[str, Any]:
+        """What a configuration would say."""
+        return LAYOUTS[self.layout][1] | BATCHES[TILES.get(self.batches, (self.batches,))[0]]
+
 
 CASES = [
     *(
@@ -119,7 +127,9 @@ CASES = [
     ),
     *(Case("llama-5", layout, batches) for layout in FIVE_LAYERS for batches in BATCHES),
     *(Case("qwen2", layout, "packed-small") for layout in (*CONTEXT_PARALLEL_TOO, *RECOMPUTING)),
-    *(Case("qwen2", layout, "packed-small", algorithm) for layout in ("tp2", "pp2-dp2") for algorithm in ("grpo", "token_mean")),
+    *(Case("qwen2", layout, batches) for layout in ("tp1", "tp2") for batches in TILES),
+    *(Case("qwen2", layout, "packed-small", algorithm) for layout in ("tp2", "pp2-dp2", "cp2") for algorithm in ("grpo", "token_mean")),
+    *(Case("qwen2", layout, batches, "ppo") for layout in ("tp2", "pp2-dp2", "cp2") for batches in ("packed-small", "padded")),
 ]
 BF16 = Case("qwen2", "tp2-pp2", "packed-small", precision="bf16")
 
@@ -160,7 +170,7 @@ def make_model(folder: Path, family: str) -> None:
     model.save_pretrained(folder)
 
 
-def draw_samples() -> list[Sample]:
+def draw_samples(algorithm: str) -> list[Sample]:
     """Short and long responses, one of a single token, one without a gradient; the advantages do not cancel, temperatures differ."""
     draw = random.Random(0)
     samples = []
@@ -169,7 +179,14 @@ def draw_samples() -> list[Sample]:
         tokens = tuple(draw.randrange(VOCAB) for _ in range(prompt + length))
         advantage = draw.choice((-0.25, 0.75, 0.875))
         samples.append(Sample(f"0/{index}", tokens, prompt, advantage if index != 5 else 0.0, TEMPERATURES[index % 4], (), 0))
-    return samples
+    return [with_own_advantages(sample) for sample in samples] if algorithm == "ppo" else samples
+
+
+def with_own_advantages(sample: Sample) -> Sample:
+    """As a critic would give them: one per token, of either sign, 0 for some; and none to a sample that had none."""
+    draw = random.Random(sample.sample_id)
+    own = tuple(draw.choice((0.0, draw.gauss(0.3, 0.7))) for _ in range(sample.response_length))
+    return replace(sample, advantage=own) if sample.advantage else sample
 
 
 def draw_shifts() -> Tensor:
@@ -211,20 +228,26 @@ AGGREGATIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "drgrpo": mean_over_budget,
     "grpo": mean_of_means,
     "token_mean": mean_over_tokens,
+    "ppo": mean_of_means,
 }
 
 
-def sample_loss(logprobs: Tensor, old: Tensor, advantage: float) -> Tensor:
+def advantages_of(sample: Sample) -> Tensor:
+    """One per response token."""
+    return torch.tensor(sample.advantage, dtype=torch.float64).expand(len(sample.token_ids) - sample.prompt_length)
+
+
+def sample_loss(logprobs: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
     ratio = torch.exp(logprobs - old)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
 
 
-def figures(terms: list[tuple[Tensor, Tensor, float]], engine: list[Tensor], entropies: list[Tensor]) -> dict[str, float]:
-    """Over the tokens with an advantage, as one would write them down."""
-    kept = [index for index, (_, _, advantage) in enumerate(terms) if advantage]
+def figures(terms: list[tuple[Tensor, Tensor, Tensor]], engine: list[Tensor], entropies: list[Tensor]) -> dict[str, float]:
+    """Over the tokens of samples with an advantage, as one would write them down."""
+    kept = [index for index, (_, _, advantage) in enumerate(terms) if advantage.any()]
     new = torch.cat([terms[index][0].detach() for index in kept])
     old = torch.cat([terms[index][1] for index in kept])
-    advantage = torch.cat([torch.full_like(terms[index][1], terms[index][2]) for index in kept])
+    advantage = torch.cat([terms[index][2] for index in kept])
     sampled = torch.cat([engine[index] for index in kept])
     ratio, mismatch = torch.exp(new - old), (sampled - old).abs()
     high, low = (advantage > 0) & (ratio > 1 + CLIP), (advantage < 0) & (ratio < 1 - CLIP)
@@ -283,7 +306,7 @@ def take_reference_steps(
         optimizer.zero_grad()
         with KeepFloat64():
             news, entropies = zip(*(response_logprobs(model, sample) for sample in samples), strict=True)
-        terms = [(new, item, sample.advantage) for new, item, sample in zip(news, old, samples, strict=True)]
+        terms = [(new, item, advantages_of(sample)) for new, item, sample in zip(news, old, samples, strict=True)]
         loss = AGGREGATIONS[algorithm]([sample_loss(*term) for term in terms])
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
@@ -309,7 +332,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def references(models: dict[str, Path]) -> dict[tuple[str, str], Reference]:
     wanted = {(case.family, case.algorithm) for case in CASES}
     return {
-        (family, algorithm): take_reference_steps(models[family], draw_samples(), draw_shifts(), algorithm) for family, algorithm in wanted
+        (family, algorithm): take_reference_steps(models[family], draw_samples(algorithm), draw_shifts(), algorithm)
+        for family, algorithm in wanted
     }
 
 
@@ -325,7 +349,10 @@ def result_of(
 
     def task(case: Case) -> dict[str, Any]:
         logprobs = references[case.family, case.algorithm].logprobs
-        samples = [replace(item, engine_logprobs=tuple(values.tolist())) for item, values in zip(draw_samples(), logprobs, strict=True)]
+        samples = [
+            replace(item, engine_logprobs=tuple(values.tolist()))
+            for item, values in zip(draw_samples(case.algorithm), logprobs, strict=True)
+        ]
         return {
             "name": case.name,
             "model": str(models[case.family]),
@@ -335,7 +362,8 @@ def result_of(
             "measures_memory": case.layout in (*RECOMPUTING, *RECOMPUTING.values()) and case.num_ranks == 1,
             "algorithm": case.algorithm,
             "precision": case.precision,
-            "parallel": LAYOUTS[case.layout][1] | BATCHES[case.batches],
+            "parallel": case.parallel,
+            "tile_bytes": TILES[case.batches][1] if case.batches in TILES else logprob.TILE_BYTES["cpu"],
             "distributed": case.layout.endswith("distributed-optimizer"),
             "length_constant": LENGTH_CONSTANT,
             "lr": LEARNING_RATE,
@@ -417,8 +445,7 @@ def test_every_layout_takes_the_reference_steps(
         for name in ("clip_fraction", "clipped_high", "clipped_low"):
             assert step[name] == pytest.approx(expected[name], abs=1e-12)
     assert all(found[name] < bound for name, bound in BOUNDS.items()), found
-    # Adam divides each gradient by its own size, so that the float32 noise of an element whose gradient is almost 0 shows in full.
-    assert found["updates"] < 2e-3
+    assert found["updates"] < 5e-4
 
 
 @pytest.mark.parametrize("layout", RECOMPUTING)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_r1z.objective import OBJECTIVES, clipped_losses, kl_terms, likelihood_losses
+from megatron_r1z.objective import AGGREGATIONS, OBJECTIVES, clipped_losses, kl_terms, likelihood_losses
 
 REWARDS = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=2, max_size=16)
 
@@ -22,9 +22,9 @@ def group(right: int, size: int = 8) -> list[float]:
 
 @dataclass
 class Row:
-    """A response: its reward's advantage, and the log-probs that move and those that do not."""
+    """A response: its reward's advantage (or one per token), and the log-probs that move and those that do not."""
 
-    advantage: float
+    advantage: float | Tensor
     logprobs: Tensor
     old_logprobs: Tensor
 
@@ -42,11 +42,11 @@ def make_rows(advantages: Sequence[float], lengths: Sequence[int], seed: int | N
 
 def step_loss(name: str, rows: Sequence[Row], constant: int) -> tuple[float, list[Tensor]]:
     """Loss of one step over `rows` and the gradient of each row's log-probs."""
-    objective, lengths = OBJECTIVES[name], [row.logprobs.numel() for row in rows]
+    objective, lengths = AGGREGATIONS[name], [row.logprobs.numel() for row in rows]
     terms = clipped_losses(
         torch.cat([row.logprobs for row in rows]),
         torch.cat([row.old_logprobs for row in rows]),
-        torch.cat([torch.full((length,), row.advantage) for row, length in zip(rows, lengths, strict=True)]),
+        torch.cat([torch.as_tensor(row.advantage).expand(length) for row, length in zip(rows, lengths, strict=True)]),
         torch.cat([torch.full((length,), objective.token_weight(length)) for length in lengths]),
         0.2,
         0.2,
@@ -198,10 +198,27 @@ def test_token_mean_weighs_every_token_of_the_step_the_same(seed: int) -> None:
         torch.testing.assert_close(gradient, torch.autograd.grad(term.losses_R.sum(), row.logprobs)[0] / 12)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@given(seed=st.integers(1, 99), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5))
+def test_ppo_is_the_mean_over_responses_of_means_over_tokens_with_advantages_of_their_own(seed: int, lengths: list[int]) -> None:
+    rows = make_rows([0.0] * len(lengths), lengths, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for row in rows:
+        row.advantage = torch.randn(row.logprobs.shape, generator=generator)
+    loss, gradients = step_loss("ppo", rows, 10)
+    means = []
+    for row in rows:
+        ratio = torch.exp(row.logprobs - row.old_logprobs)
+        means.append(-torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage).mean())
+    expected = torch.stack(means).mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    for gradient, other in zip(gradients, torch.autograd.grad(expected, [row.logprobs for row in rows]), strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
 def test_a_step_without_a_single_token_has_a_denominator(name: str) -> None:
-    assert OBJECTIVES[name].denominator([0, 0], 10) >= 1
-    assert OBJECTIVES[name].token_weight(0) == 1.0
+    assert AGGREGATIONS[name].denominator([0, 0], 10) >= 1
+    assert AGGREGATIONS[name].token_weight(0) == 1.0
 
 
 @given(seed=st.integers(0, 99))

@@ -29,7 +29,7 @@ DENSE = ModelShape("qwen2", 28, 1536, 12, 2, 128, 8960, 151936, True, True, Fals
 MIXTURE = ModelShape("qwen3_moe", 4, 64, 8, 2, 16, 48, 311, False, False, True, 1e6, None, 1e-6, 4096, 16, 3)
 
 
-def make_sample(index: int, prompt: int, response: int, advantage: float) -> Sample:
+def make_sample(index: int, prompt: int, response: int, advantage: float | tuple[float, ...]) -> Sample:
     """Token ids and log-probs that no other sample has; positive, so that padding is told apart."""
     first = 1000 * (index + 1)
     return Sample(
@@ -45,8 +45,26 @@ def make_sample(index: int, prompt: int, response: int, advantage: float) -> Sam
 
 @st.composite
 def samples(draw: Any, max_size: int = 12) -> list[Sample]:
-    rows = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30), st.sampled_from([0.875, -0.125, 0.0])), max_size=max_size))
-    return [make_sample(index, *row) for index, row in enumerate(rows)]
+    """With an advantage for all tokens or one for each, 0 among them."""
+    rows = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30), st.sampled_from([0.875, -0.125, 0.0, None])), max_size=max_size))
+    return [
+        make_sample(index, prompt, response, per_token(draw(st.integers(0, 99)), response) if advantage is None else advantage)
+        for index, (prompt, response, advantage) in enumerate(rows)
+    ]
+
+
+def per_token(seed: int, count: int) -> tuple[float, ...]:
+    """Nothing but zeros for every tenth seed."""
+    draw = random.Random(seed)
+    return tuple(draw.choice((0.0, 0.5, -1.5)) if seed % 10 else 0.0 for _ in range(count))
+
+
+def advantages_of(row: Sample) -> list[float]:
+    return list(row.advantage) if isinstance(row.advantage, tuple) else [row.advantage] * row.response_length
+
+
+def is_trained(row: Sample) -> bool:
+    return set(advantages_of(row)) != {0.0}
 
 
 RULES = st.builds(
@@ -158,10 +176,10 @@ def test_every_trained_token_is_there_once_with_what_belongs_to_it(rows: list[Sa
             assert item.sample_ids[number] == f"{target // 1000 - 1}/0"
     f32 = lambda value: torch.tensor(value, dtype=torch.float32).item()  # noqa: E731
     expected = Counter(
-        (target, f32(row.advantage), f32(weight(row.response_length)), f32(row.temperature), f32(logprob))
+        (target, f32(advantage), f32(weight(row.response_length)), f32(row.temperature), f32(logprob))
         for row in rows
-        if row.advantage != 0 or not skip
-        for target, logprob in zip(row.token_ids[row.prompt_length :], row.engine_logprobs, strict=True)
+        if is_trained(row) or not skip
+        for target, advantage, logprob in zip(row.token_ids[row.prompt_length :], advantages_of(row), row.engine_logprobs, strict=True)
     )
     assert found == expected
 
@@ -230,7 +248,7 @@ def test_the_budget_is_kept_unless_a_single_sample_exceeds_it(rows: list[Sample]
 @given(rows=samples(), rules=RULES)
 def test_padding_is_never_longer_than_what_is_real(rows: list[Sample], rules: PackingRules) -> None:
     """So that padding asks for no position and no work beyond what the samples need."""
-    longest = rounded(max((len(row.token_ids) for row in rows if row.advantage != 0), default=1), rules)
+    longest = rounded(max((len(row.token_ids) for row in rows if is_trained(row)), default=1), rules)
     multiple = math.lcm(rounded(1, rules), rules.context_parallel_size * rules.tokens_multiple)
     for item in micro_batches(pack_all(rows, rules)):
         lengths = {True: [0], False: [0]}
@@ -243,7 +261,7 @@ def test_padding_is_never_longer_than_what_is_real(rows: list[Sample], rules: Pa
 
 @given(rows=samples(), rules=RULES)
 def test_padded_sequences_have_the_width_of_the_longest_of_the_step(rows: list[Sample], rules: PackingRules) -> None:
-    longest = rounded(max((len(row.token_ids) for row in rows if row.advantage != 0), default=0), rules)
+    longest = rounded(max((len(row.token_ids) for row in rows if is_trained(row)), default=0), rules)
     for item in micro_batches(pack_all(rows, rules)):
         for start, end in sequences(item):
             if rules.pad_sequences and not is_padding(item, start, end):
@@ -258,6 +276,14 @@ def test_a_step_without_gradient_still_has_a_micro_batch(rows: list[Sample]) -> 
         assert len(batch.micro_batches) == 2
         assert batch.num_samples == len(rows)
         assert all(item.num_tokens == 4 and item.rows_R.numel() == 0 for item in batch.micro_batches)
+
+
+def test_an_advantage_per_token_is_one_for_each() -> None:
+    row = make_sample(0, 2, 3, (0.5, 0.0, -1.0))
+    (batch,) = pack_all([row], PackingRules(data_parallel_size=1, micro_batch_tokens=64))
+    assert batch.micro_batches[0].advantages_R.tolist() == [0.5, 0.0, -1.0]
+    with pytest.raises(ValueError, match="sample 0/0 has 2 advantages and 3 response tokens"):
+        make_sample(0, 2, 3, (0.5, 0.0))
 
 
 def test_samples_without_engine_logprobs_get_zeros() -> None:
@@ -350,9 +376,9 @@ def test_cost_of_a_model_counts_the_weights_that_a_token_meets(shape: ModelShape
 @given(rows=samples(max_size=40), rules=RULES)
 def test_no_two_ranks_differ_by_more_than_one_sample(rows: list[Sample], rules: PackingRules) -> None:
     batches = pack_all(rows, rules)
-    longest = max((len(row.token_ids) for row in rows if row.advantage), default=0)
+    longest = max((len(row.token_ids) for row in rows if is_trained(row)), default=0)
     width = longest if rules.pad_sequences else 0
-    trained = [row for row in rows if row.advantage]
+    trained = [row for row in rows if is_trained(row)]
     dearest = max((rules.cost.of(rounded(max(len(row.token_ids), width), rules), row.response_length) for row in trained), default=0)
     loads = costs(batches, rules.cost)
     assert max(loads) - min(loads) <= dearest

@@ -1,4 +1,4 @@
-"""Ranks of `test_fp8.py`: an FP8 policy, emulated, and live FP8 engines of vLLM; everything around the products in float32."""
+"""Ranks of `test_fp8_engine.py`: an FP8 policy, emulated, and live FP8 engines of vLLM; everything around the products in float32."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main(model: Path, policy_format: str, tp: int, engine_tp: int, output: Path)
         ParallelConfig(num_ranks=num_ranks, tensor_parallel_size=tp),
         Float32Around(policy="fp8") if policy_format == "fp8" else PrecisionConfig(policy="fp32"),
     )
-    policy = MegatronPolicy(sections, shape, topology, padded_vocab_size=padded_vocab_size(shape.vocab_size, tp), temperature=1.0)
+    policy = MegatronPolicy(sections, shape, topology, padded_vocab_size=padded_vocab_size(shape.vocab_size, tp))
     source, destination = megatron_layout(shape, topology, 1), engine_layout(shape, num_ranks, engine_tp)
     random_weights(shape, source, rank, policy.parameters(), seed=3)
     matrices = fp8_matrices(shape, [source, destination])
@@ -128,7 +128,7 @@ def differences(policy: MegatronPolicy, engine: VllmEngine, topology: Topology) 
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     samples = [
-        Sample(str(index), (*prompt, *response), len(prompt), 1.0, logprobs, 1)
+        Sample(str(index), (*prompt, *response), len(prompt), 1.0, 1.0, logprobs, 1)
         for index, (prompt, response, logprobs) in enumerate(row for rows in everyone for row in rows)
     ]
     rank = topology.coordinates(dist.get_rank())
