@@ -23,7 +23,6 @@ from megatron_r1z.types import Sample
 from tests.loop.test_layouts import (
     LENGTH_CONSTANT,
     MAX_NORM,
-    TEMPERATURE,
     VOCAB,
     Reference,
     draw_engine_shifts,
@@ -166,7 +165,6 @@ def result_of(
             "fp8": fp8,
             "parallel": {"micro_batch_tokens": 4096} | parallel,
             "distributed": False,
-            "temperature": TEMPERATURE,
             "length_constant": LENGTH_CONSTANT,
             **OPTIMIZER,
             "max_norm": MAX_NORM,
