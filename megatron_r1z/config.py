@@ -19,6 +19,7 @@ import yaml
 
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.yaml_tree import ConfigTree, read_tree
 
 Template = Literal["r1", "qwen_math", "no", "few_shot", "chat"]
 GradingMode = Literal["strict", "fast", "math_verify"]
@@ -580,32 +581,38 @@ class PretrainConfig:
 
 AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig
 Config = TypeVar("Config", TrainConfig, PretrainConfig, EvaluateConfig)
+Record = TypeVar("Record")
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read YAML at `path`, apply `section.field=value` overrides and check everything.
+    """Read YAML at `path` and the files it builds on (`base`), apply `section.field=value` overrides and check everything.
 
     Raises:
         ConfigError: one sentence with the file, the key and, for an unknown key, the nearest known one.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as 'model:' and 'data:'.")
-    for override in overrides:
-        _apply_override(tree, override)
+    source = read_tree(path)
+    tree = source.values
+    overridden = [_apply_override(tree, override) for override in overrides]
     if kind is EvaluateConfig:
         tree = {name: section for name, section in tree.items() if name not in TRAINING_SECTIONS}
-    return make_config(kind, tree)
+    try:
+        return make_config(kind, tree)
+    except _ValueError as error:
+        raise ConfigError(f"{_place(source, error.key, overridden)}{error}") from error
 
 
 def make_config(kind: type[Config], tree: Mapping[str, Any]) -> Config:
     """Build and check a configuration from nested mappings."""
-    return typing.cast(Config, _build(kind, tree, ""))
+    return make_record(kind, tree)
+
+
+def make_record(kind: type[Record], tree: Mapping[str, Any]) -> Record:
+    """Build and check any frozen record from nested mappings, such as what `yaml_tree.read_tree` reads.
+
+    Raises:
+        ConfigError: an unknown key with the nearest known one, a value of another type, or what the record itself refuses.
+    """
+    return typing.cast(Record, _build(kind, tree, ""))
 
 
 def to_tree(config: Any) -> Any:
@@ -643,7 +650,23 @@ def _default(item: dataclasses.Field[Any]) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+class _ValueError(ConfigError):
+    """A value that cannot be, and the dotted key of the field or section that it is about."""
+
+    def __init__(self, key: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.key = key
+
+
+def _place(source: ConfigTree, key: str, overridden: Sequence[str]) -> str:
+    """The files that a message is about, as its beginning; nothing where the command line has a say in it."""
+    if any(not key or name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden):
+        return ""
+    return " with ".join(map(str, source.files(key) or (source.path,))) + ": "
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Change a value of the tree; returns its dotted key."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"'{override}' is not an override; write section.field=value.")
@@ -659,6 +682,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[_index(node, last, key)] = parsed
     else:
         node[last] = parsed
+    return key
 
 
 def _child(node: Any, name: str, key: str) -> Any:
@@ -692,18 +716,22 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 
 def _build_record(kind: type[Any], value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where or 'the configuration'} must be a section of fields, not {value!r}.")
+        raise _ValueError(where, f"{where or 'the configuration'} must be a section of fields, not {value!r}.")
     hints = typing.get_type_hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
     for key in value:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown key '{prefix}{key}'; did you mean '{prefix}{near}'?")
+            raise _ValueError(f"{prefix}{key}", f"unknown key '{prefix}{key}'; did you mean '{prefix}{near}'?")
     missing = [name for name, item in fields.items() if name not in value and _default(item) is MISSING]
     if missing:
-        raise ConfigError(f"'{prefix}{missing[0]}' is missing; it has no default.")
-    return kind(**{key: _build(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+        raise _ValueError(where, f"'{prefix}{missing[0]}' is missing; it has no default.")
+    values = {key: _build(hints[key], item, f"{prefix}{key}") for key, item in value.items()}
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise _ValueError(where, str(error)) from error
 
 
 def _build_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -713,14 +741,14 @@ def _build_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if len(kinds) == 1:
         return _build(kinds[0], value, where)
     if not isinstance(value, tuple(kinds)):
-        raise ConfigError(f"{where} must be of type {' or '.join(kind.__name__ for kind in kinds)}, not {value!r}.")
+        raise _ValueError(where, f"{where} must be of type {' or '.join(kind.__name__ for kind in kinds)}, not {value!r}.")
     return value
 
 
 def _build_mapping(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     """Lists by name; a value alone stands for a list of one."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{where} must be a mapping from names to values, such as {{name: [a, b]}}, not {value!r}.")
+        raise _ValueError(where, f"{where} must be a mapping from names to values, such as {{name: [a, b]}}, not {value!r}.")
     kind = arguments[1]
     return {key: _build(kind, item if isinstance(item, list | tuple) else [item], f"{where}.{key}") for key, item in value.items()}
 
@@ -729,15 +757,15 @@ def _build_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is False and "no" in choices:  # YAML 1.1 reads a bare `no` as false
         value = "no"
     if value not in choices:
-        raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
+        raise _ValueError(where, f"{where} is {value!r}; it must be one of {', '.join(map(str, choices))}.")
     return value
 
 
 def _build_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where} must be a list, not {value!r}.")
+        raise _ValueError(where, f"{where} must be a list, not {value!r}.")
     if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-        raise ConfigError(f"{where} needs {len(arguments)} entries, not {len(value)}.")
+        raise _ValueError(where, f"{where} needs {len(arguments)} entries, not {len(value)}.")
     kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
     return tuple(_build(kind, item, f"{where}.{index}") for index, (kind, item) in enumerate(zip(kinds, value, strict=True)))
 
@@ -751,7 +779,7 @@ def _build_scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where} must be of type {kind.__name__}, not {value!r}.")
+        raise _ValueError(where, f"{where} must be of type {kind.__name__}, not {value!r}.")
     return value
 
 

@@ -32,6 +32,8 @@ megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 rollout.stop='["\\n
 ```
 
 - **Overrides** are `section.field=value`; the value is read as YAML, an entry of a list is addressed by its number from 0.
+- **base**: a file may begin with `base: other.yaml` (relative to itself) and say only what differs. Sections are merged field by field,
+  a list replaces the base's, a base may have a base, and messages name the file that has the key.
 - **Checked before anything starts**: an unknown key (the nearest known one is named), a wrong type, a value out of range, degrees that
   do not divide the ranks, heads or layers, a prompt and response that exceed the model's positions. One sentence, exit status 2.
 - **Kept**: `config.yaml` in the run folder is the resolved configuration; a value that differs from its default carries that default
