@@ -207,7 +207,15 @@ def load_shape(folder: str | Path) -> ModelShape:
         DataError: the file is missing or malformed, the family is not in `FAMILIES`, or the model has an unsupported feature.
     """
     path = Path(folder) if Path(folder).is_file() else Path(folder) / "config.json"
-    config = _read_config(path)
+    return make_shape(_read_config(path), path)
+
+
+def make_shape(config: Mapping[str, Any], path: str | Path) -> ModelShape:
+    """The shape that the contents of a `config.json` describe; `path` is what messages call it.
+
+    Raises:
+        DataError: the family is not in `FAMILIES`, a key is missing or malformed, or the model has an unsupported feature.
+    """
     name = _family_name(config, path)
     family = FAMILIES[name]
     config = {**_COMMON, **family.defaults, **config}
@@ -284,7 +292,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _family_name(config: Mapping[str, Any], path: Path) -> str:
+def _family_name(config: Mapping[str, Any], path: str | Path) -> str:
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
     architectures = [str(item) for item in config.get("architectures") or ()]
     names = [by_architecture.get(item) for item in architectures] or [str(config.get("model_type"))]
@@ -294,13 +302,13 @@ def _family_name(config: Mapping[str, Any], path: Path) -> str:
     return str(names[0])
 
 
-def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], path: str | Path) -> None:
     for has_feature, sentence in _UNSUPPORTED:
         if has_feature(config):
             raise DataError(f"{path} asks for {sentence.format_map(config)}, which is not supported.")
 
 
-def _make_shape(name: str, family: Family, config: Mapping[str, Any], path: Path) -> ModelShape:
+def _make_shape(name: str, family: Family, config: Mapping[str, Any], path: str | Path) -> ModelShape:
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     theta, scaling = _rope(config, path)
     ffn_size, num_experts, experts_per_token = _feed_forward(family, config)
@@ -333,7 +341,7 @@ def _feed_forward(family: Family, config: Mapping[str, Any]) -> tuple[int, int, 
     return int(size), int(config.get("num_local_experts") or config["num_experts"]), int(config["num_experts_per_tok"])
 
 
-def _rope(config: Mapping[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
+def _rope(config: Mapping[str, Any], path: str | Path) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
