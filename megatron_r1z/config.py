@@ -595,24 +595,30 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     overridden = [_apply_override(tree, override) for override in overrides]
     if kind is EvaluateConfig:
         tree = {name: section for name, section in tree.items() if name not in TRAINING_SECTIONS}
-    try:
-        return make_config(kind, tree)
-    except _ValueError as error:
-        raise ConfigError(f"{_place(source, error.key, overridden)}{error}") from error
+    return _make_placed(kind, tree, source, overridden)
+
+
+def load_record(kind: type[Record], path: str | Path) -> Record:
+    """Read any frozen record from YAML at `path` and the files it builds on.
+
+    Raises:
+        ConfigError: one sentence with the file, the key and, for an unknown key, the nearest known one.
+    """
+    source = read_tree(path)
+    return _make_placed(kind, source.values, source, ())
 
 
 def make_config(kind: type[Config], tree: Mapping[str, Any]) -> Config:
     """Build and check a configuration from nested mappings."""
-    return make_record(kind, tree)
+    return typing.cast(Config, _build(kind, tree, ""))
 
 
-def make_record(kind: type[Record], tree: Mapping[str, Any]) -> Record:
-    """Build and check any frozen record from nested mappings, such as what `yaml_tree.read_tree` reads.
-
-    Raises:
-        ConfigError: an unknown key with the nearest known one, a value of another type, or what the record itself refuses.
-    """
-    return typing.cast(Record, _build(kind, tree, ""))
+def _make_placed(kind: type[Record], tree: Mapping[str, Any], source: ConfigTree, overridden: Sequence[str]) -> Record:
+    """Build a record; what is wrong is said with the file that it stands in."""
+    try:
+        return typing.cast(Record, _build(kind, tree, ""))
+    except _ValueError as error:
+        raise ConfigError(f"{_place(source, error.key, overridden)}{error}") from error
 
 
 def to_tree(config: Any) -> Any:

@@ -1,0 +1,138 @@
+"""Memory of activations: what autograd keeps of one micro-batch, and what a backward pass needs on top of that.
+
+The accounting of Korthikanti et al. (arXiv 2205.05198, section 4), for what this policy keeps: no attention scores (the kernels recompute
+them), no dropout, no [tokens, vocabulary] matrix (`policy/logprob.py`), a gated feed-forward layer that is not fused with its activation
+(megatron-core 0.16.1 `MLP.forward`, `glu`). The local layers, which a CPU has, keep more than Transformer Engine's: norms in float32, a
+copy of the attention's output, sines and cosines for each layer. `tests/loop/test_cost.py` holds the local ones against autograd.
+
+Per token of a micro-batch, h hidden, q and k width of all queries and of all keys, f feed-forward, d head size, s bytes of an activation;
+everything inside a tensor-parallel region is divided by t, the rest by t only under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_r1z.config import Recompute
+from megatron_r1z.cost.formats import FP32_BYTES
+from megatron_r1z.layout.blocks import Spec
+from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.layout.topology import Topology
+
+TILE_BYTES = {"local": 8 << 20, "te": 64 << 20}
+"""`policy.logprob.TILE_BYTES` of the device that each spec is for."""
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """What autograd keeps of one token in one layer, bytes on one rank."""
+
+    attention: float
+    """Up to the residual sum after attention, norms of both halves and the input of the feed-forward layer included."""
+    feed_forward: float
+    """Inside the feed-forward layer."""
+    layer_input: float
+
+    @property
+    def whole(self) -> float:
+        """Of a layer that recomputes nothing."""
+        return self.attention + self.feed_forward
+
+    def kept(self, recompute: Recompute) -> float:
+        """Of a layer between its forward and its backward pass."""
+        return {"none": self.whole, "selective": self.attention, "full": self.layer_input}[recompute]
+
+    def recomputed(self, recompute: Recompute) -> float:
+        """What comes back for the one layer whose backward pass is running."""
+        return {"none": 0.0, "selective": self.feed_forward, "full": self.whole}[recompute]
+
+
+def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, itemsize: int, spec: Spec) -> TokenBytes:
+    """Of one layer on one of `tp` ranks."""
+    hidden = shape.hidden_size / (tp if sequence_parallel else 1)
+    queries, keys = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
+    norms = 2 * (_norm_bytes(hidden, itemsize, spec) + FP32_BYTES * hidden / shape.hidden_size)  # inputs, and one root per token
+    normed = 2 * hidden * itemsize  # inputs of qkv and of the feed-forward layer
+    fused = (queries + 2 * keys) * itemsize  # values are a view of the fused projection, which stays as a whole
+    rotated = (queries + keys) * itemsize
+    output = queries * itemsize + FP32_BYTES * shape.num_heads / tp  # of attention, with the logarithm of each sum
+    if spec == "local":
+        output += queries * itemsize + 4 * shape.head_dim * itemsize  # joined from its sequences; sine and cosine for queries and for keys
+    if shape.qk_norm:
+        heads = (shape.num_heads + shape.num_kv_heads) / tp
+        output += FP32_BYTES * heads + (_norm_bytes(queries + keys, itemsize, spec) if spec == "local" else 0)
+    # gate and up in one, activated gate, up plus its offset of 0, and the product
+    feed_forward = 5 * shape.ffn_size / tp * itemsize
+    return TokenBytes(norms + normed + fused + rotated + output, feed_forward, hidden * itemsize)
+
+
+def _norm_bytes(width: float, itemsize: int, spec: Spec) -> float:
+    """The input of a norm; torch's composite of the local spec keeps it and its normalised value in float32."""
+    return width * (2 * FP32_BYTES if spec == "local" else itemsize)
+
+
+def backward_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, itemsize: int) -> float:
+    """Gradients per token at the fullest moment of a layer's backward pass: two of the feed-forward width and two of the hidden."""
+    return 2 * itemsize * (shape.ffn_size / tp + shape.hidden_size / (tp if sequence_parallel else 1))
+
+
+class BatchSize(NamedTuple):
+    """The largest micro-batch of a rank."""
+
+    tokens: int
+    responses: int
+    """Response tokens among them."""
+    micro_batches: int
+    """Of one optimizer step on one data-parallel rank."""
+
+
+class HeadBytes(NamedTuple):
+    """The log-probs of the last stage, bytes on one rank, besides the layers."""
+
+    kept: int
+    """By autograd, between forward and backward pass."""
+    forward: int
+    """In a forward pass, besides that."""
+    backward: int
+    """In its backward pass, besides that."""
+
+
+def head_bytes(shape: ModelShape, columns: int, batch: BatchSize, *, hidden: float, itemsize: int, spec: Spec) -> HeadBytes:
+    """Of the response tokens of a micro-batch against `columns` of the vocabulary (`policy/logprob.py`).
+
+    `hidden` is the width of the final norm on this rank. At a time there are two tiles in the softmax's type and, where the weights have
+    another, two in theirs; backwards also the gradients of weights and hidden states, those of a tile in float32.
+    """
+    tile_rows, tile_columns = tile_shape(batch.responses, TILE_BYTES[spec] // FP32_BYTES)
+    tile_columns = min(tile_columns, columns)
+    tile, is_narrow = tile_rows * tile_columns, itemsize < FP32_BYTES
+    alive = tile + min(tile, batch.responses * columns - tile)  # the one before is there until the next one is
+    tiles = alive * (FP32_BYTES + is_narrow * itemsize)
+    gradients = columns * shape.hidden_size * itemsize + batch.responses * shape.hidden_size * FP32_BYTES
+    gradients += is_narrow * tile_columns * shape.hidden_size * FP32_BYTES
+    norm = round(batch.tokens * (_norm_bytes(hidden, itemsize, spec) + FP32_BYTES))
+    return HeadBytes(norm + batch.responses * shape.hidden_size * itemsize, tiles, tiles + gradients)
+
+
+def tile_shape(num_rows: int, elements: int) -> tuple[int, int]:
+    """`policy.logprob.tile_shape`, which needs torch to be imported."""
+    rows = max(1, min(num_rows, elements, 2 * math.isqrt(elements)))
+    return rows, max(1, elements // rows)
+
+
+def chunks_in_flight(topology: Topology, stage: int, micro_batches: int) -> list[int]:
+    """For each model chunk of a stage, the micro-batches that wait for their backward pass at the fullest moment.
+
+    Of the 1F1B schedule a stage has run one micro-batch for itself and one for each stage after it; interleaved, twice as many and all of
+    its other chunks besides (megatron-core `schedules.get_pp_rank_microbatches`, group size pp).
+    """
+    later = topology.pp - 1 - stage
+    if topology.vpp == 1:
+        return [min(later + 1, micro_batches)]
+    passes = min(2 * later + (topology.vpp - 1) * topology.pp + 1, micro_batches * topology.vpp)
+    waiting = [0] * topology.vpp
+    for index in range(passes):
+        waiting[index // topology.pp % topology.vpp] += 1
+    return waiting

@@ -1,0 +1,87 @@
+"""Memory of one rank, item by item and phase by phase, for the code as it is: policy, optimizer and engine are there all the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_r1z.cost.engine_memory import EngineMemory
+from megatron_r1z.cost.policy_memory import PolicyMemory
+
+REFIT_WORK_BYTES = 64 << 20
+"""Room for one piece in the engine's number format (`reshard.execute.PIECE_BYTES` of a GPU)."""
+
+
+class Phase(Enum):
+    """What a rank is doing."""
+
+    ROLLOUT = "rollout"
+    LOGPROBS = "log-probs"
+    UPDATE = "update"
+    REFIT = "refit"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One use of memory on a rank."""
+
+    name: str
+    nbytes: int
+    phase: Phase | None = None
+    """When it is there; None: always."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What a rank of one pipeline stage needs."""
+
+    stage: int
+    items: tuple[Item, ...]
+
+    def total(self, phase: Phase) -> int:
+        """Bytes in a phase."""
+        return sum(item.nbytes for item in self.items if item.phase in (None, phase))
+
+    @property
+    def fullest(self) -> Phase:
+        """The phase that needs most."""
+        return max(Phase, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes in that phase."""
+        return self.total(self.fullest)
+
+    def largest(self, phase: Phase) -> Item:
+        """The item that takes most in a phase."""
+        return max((item for item in self.items if item.phase in (None, phase)), key=lambda item: item.nbytes)
+
+
+def rank_memory(policy: PolicyMemory, engine: EngineMemory, refit_buffers: int, reserved: int) -> tuple[RankMemory, ...]:
+    """A rank of each pipeline stage.
+
+    Args:
+        policy: the policy's part.
+        engine: the engine's part, the same on every rank.
+        refit_buffers: send and receive buffers of the rank that needs most.
+        reserved: what no tensor of ours takes.
+    """
+    fixed = [
+        Item("engine weights", engine.weights),
+        *([Item("engine staging", engine.staging)] if engine.staging else []),
+        Item("KV cache", engine.rollout.kv_cache_bytes),
+        Item("refit buffers", refit_buffers),
+        Item("reserved", reserved),
+        Item("at work", engine.work, Phase.ROLLOUT),
+        Item("at work", REFIT_WORK_BYTES, Phase.REFIT),
+    ]
+    return tuple(RankMemory(stage, (*_policy_items(policy, stage), *fixed)) for stage in range(policy.topology.pp))
+
+
+def _policy_items(policy: PolicyMemory, stage: int) -> Iterator[Item]:
+    yield Item("weights", policy.weights(stage))
+    yield Item("gradients", policy.gradients(stage))
+    yield Item("optimizer", policy.optimizer_state(stage))
+    yield Item("at work", policy.logprobs(stage), Phase.LOGPROBS)
+    yield Item("at work", policy.update(stage), Phase.UPDATE)

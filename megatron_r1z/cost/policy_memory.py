@@ -1,0 +1,133 @@
+"""Memory of the policy on one rank: weights, gradients, optimizer, and what a pass over a micro-batch needs.
+
+Sizes of parameters are those of the layout, padding included. Gradients are float32 buffers (`policy/optimizer.py`); with bf16 weights the
+optimizer has a float32 master weight and two moments for each parameter, with fp32 weights the two moments. The distributed optimizer
+splits those over the data-parallel ranks, and offload keeps them in the host's memory with a copy of the gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_r1z.config import OptimizerConfig, ParallelConfig
+from megatron_r1z.cost.activations import BatchSize, HeadBytes, TokenBytes, backward_bytes, chunks_in_flight, head_bytes, token_bytes
+from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat, ParameterCounts, count_parameters
+from megatron_r1z.layout.blocks import Spec, megatron_layout, padded_vocab_size
+from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.layout.topology import Topology
+
+VOCAB_MULTIPLE: Mapping[Spec, int] = {"local": 1, "te": 128}
+"""`assemble.VOCAB_MULTIPLE` of the device that each spec is for."""
+
+
+@dataclass(frozen=True)
+class PolicyMemory:
+    """Bytes on a rank of each pipeline stage.
+
+    Raises:
+        ConfigError: the model cannot be split, when a figure is asked for.
+    """
+
+    shape: ModelShape
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    form: NumberFormat
+    """Of weights and activations."""
+    batch: BatchSize
+    spec: Spec = "te"
+
+    @property
+    def topology(self) -> Topology:
+        """Degrees of the policy."""
+        return self.parallel.topology
+
+    @cached_property
+    def parameters(self) -> tuple[ParameterCounts, ...]:
+        """Of a rank of each stage; those of a stage have as many."""
+        topology = self.topology
+        one_copy = Topology(topology.tp * topology.pp, topology.tp, topology.pp, topology.vpp, chunk_layers=topology.chunk_layers)
+        layout = megatron_layout(self.shape, one_copy, VOCAB_MULTIPLE[self.spec], self.spec)
+        return tuple(count_parameters(layout.parameters[one_copy.rank_of(0, 0, stage)]) for stage in range(topology.pp))
+
+    def weights(self, stage: int) -> int:
+        """In the policy's format."""
+        return self.parameters[stage].nbytes(self.form)
+
+    def gradients(self, stage: int) -> int:
+        """Megatron's float32 buffers."""
+        return self.parameters[stage].total * FP32_BYTES
+
+    def optimizer_state(self, stage: int) -> int:
+        """Master weights and moments on the device."""
+        if self.optimizer.offload_to_host:
+            return 0
+        values = 3 if self.form.itemsize < FP32_BYTES else 2
+        return self.stepped_parameters(stage) * values * FP32_BYTES
+
+    def host_state(self, stage: int) -> int:
+        """Gradients, master weights and moments in the host's memory (megatron-core `HybridDeviceOptimizer`)."""
+        return self.stepped_parameters(stage) * 4 * FP32_BYTES if self.optimizer.offload_to_host else 0
+
+    def stepped_parameters(self, stage: int) -> int:
+        """Parameters whose optimizer step this rank takes."""
+        return math.ceil(self.parameters[stage].total / (self.topology.dp if self.optimizer.distributed else 1))
+
+    # --- passes ---
+
+    @cached_property
+    def token(self) -> TokenBytes:
+        """What autograd keeps of one token in one layer."""
+        return token_bytes(
+            self.shape,
+            self.topology.tp,
+            sequence_parallel=self.parallel.sequence_parallel,
+            itemsize=self.form.itemsize,
+            spec=self.spec,
+        )
+
+    @property
+    def _hidden(self) -> float:
+        """Hidden width of a token outside of tensor-parallel regions, on average over all tokens of the micro-batch."""
+        return self.shape.hidden_size / (self.topology.tp if self.parallel.sequence_parallel else 1)
+
+    @property
+    def head(self) -> HeadBytes:
+        """Log-probs, on the last stage."""
+        columns = padded_vocab_size(self.shape.vocab_size, VOCAB_MULTIPLE[self.spec] * self.topology.tp) // self.topology.tp
+        return head_bytes(self.shape, columns, self.batch, hidden=self._hidden, itemsize=self.form.itemsize, spec=self.spec)
+
+    def kept(self, stage: int) -> int:
+        """What autograd keeps at the fullest moment: at the end of a forward pass, or while a layer that was recomputed is in memory."""
+        layers, is_last = self._waiting_layers(stage), stage == self.topology.pp - 1
+        between = layers * self.token.kept(self.parallel.recompute) * self.batch.tokens
+        inside = self.token.recomputed(self.parallel.recompute) * self.batch.tokens
+        return round(between + max(inside, self.head.kept if is_last else 0))
+
+    def update(self, stage: int) -> int:
+        """What a step's forward and backward passes need at the fullest moment, which is the backward pass of a layer or of the head."""
+        tokens, recompute = self.batch.tokens, self.parallel.recompute
+        between = self._waiting_layers(stage) * self.token.kept(recompute) * tokens
+        gradients = backward_bytes(
+            self.shape, self.topology.tp, sequence_parallel=self.parallel.sequence_parallel, itemsize=self.form.itemsize
+        )
+        inside = (self.token.recomputed(recompute) + gradients) * tokens
+        if stage == self.topology.pp - 1:
+            return round(between + max(inside, self.head.kept + self.head.backward))
+        sent = sum(self._waiting(stage)) * self._hidden * self.form.itemsize * tokens  # a stage keeps what it has sent on
+        return round(between + inside + sent)
+
+    def logprobs(self, stage: int) -> int:
+        """What the log-prob pass needs: it keeps nothing, so one layer, or the head."""
+        in_layer = round(self.token.whole * self.batch.tokens)
+        return max(in_layer, self.head.forward) if stage == self.topology.pp - 1 else in_layer
+
+    def _waiting(self, stage: int) -> list[int]:
+        return chunks_in_flight(self.topology, stage, self.batch.micro_batches)
+
+    def _waiting_layers(self, stage: int) -> int:
+        """Layers times micro-batches that wait for their backward pass."""
+        chunks = self.topology.chunks(self.shape.num_layers, stage)
+        return sum(waiting * len(chunk.layers) for waiting, chunk in zip(self._waiting(stage), chunks, strict=True))

@@ -1,0 +1,207 @@
+"""The cost of a run: memory, refit and seconds put together, and whether it fits its cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_r1z.config import TrainConfig
+from megatron_r1z.cost.activations import BatchSize
+from megatron_r1z.cost.assumptions import DEFAULT, Assumptions
+from megatron_r1z.cost.cluster import GIB, Cluster
+from megatron_r1z.cost.compute import sample_flops
+from megatron_r1z.cost.engine_memory import EngineMemory
+from megatron_r1z.cost.formats import FORMATS
+from megatron_r1z.cost.lengths import Lengths
+from megatron_r1z.cost.memory import RankMemory, rank_memory
+from megatron_r1z.cost.policy_memory import VOCAB_MULTIPLE, PolicyMemory
+from megatron_r1z.cost.rollout_time import Rollout, RolloutTime
+from megatron_r1z.cost.update_time import Passes, UpdateTime
+from megatron_r1z.errors import ConfigError
+from megatron_r1z.layout.blocks import engine_layout, megatron_layout
+from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.layout.plan import DEFAULT_RANKS_PER_NODE, DEFAULT_ROUND_BYTES, LIVE_ROUNDS, make_plan
+from megatron_r1z.plan_report import Machine, PlanReport, add_up
+
+MAX_BUFFER_BYTES = 2 * LIVE_ROUNDS * DEFAULT_ROUND_BYTES
+"""Refit buffers are never larger (`RankPlan.buffer_bytes`)."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of the phases of an iteration."""
+
+    rollout: Rollout
+    logprobs: Passes | None
+    """None: an iteration of one optimizer step needs no old log-probs."""
+    passes: Passes
+    """Forward and backward of all steps."""
+    gradient_sum: float
+    optimizer: float
+    refit: float
+
+    @property
+    def update(self) -> float:
+        """Passes, gradient sum and optimizer of all steps."""
+        return self.passes.total + self.gradient_sum + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """All phases, one after the other."""
+        return self.rollout.total + (self.logprobs.total if self.logprobs else 0.0) + self.update + self.refit
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run costs on each rank.
+
+    Raises:
+        ConfigError: the model cannot be split as the configuration says, when a figure is asked for.
+    """
+
+    config: TrainConfig
+    shape: ModelShape
+    lengths: Lengths
+    cluster: Cluster | None = None
+    assumptions: Assumptions = DEFAULT
+    plans_refit: bool = True
+    """Whether the refit is planned box by box; without, its buffers and seconds are bounds."""
+
+    # --- memory ---
+
+    @cached_property
+    def policy(self) -> PolicyMemory:
+        """Memory of the policy, for a pipeline that is full and the longest sample, which travels alone where it exceeds the budget."""
+        config = self.config
+        tokens = max(config.parallel.micro_batch_tokens, config.max_model_tokens)
+        batch = BatchSize(tokens, responses=tokens, micro_batches=config.parallel.num_chunks)
+        return PolicyMemory(self.shape, config.parallel, config.optimizer, FORMATS[config.precision.policy], batch)
+
+    @cached_property
+    def engine(self) -> EngineMemory:
+        """Memory of the engine."""
+        return EngineMemory(self.shape, self.config.rollout, FORMATS[self.config.precision.engine], self.config.max_model_tokens)
+
+    @cached_property
+    def ranks(self) -> tuple[RankMemory, ...]:
+        """Memory of a rank of each pipeline stage."""
+        buffers = self.refit.buffer_bytes if self.plans_refit else MAX_BUFFER_BYTES
+        return rank_memory(self.policy, self.engine, buffers, int(self.assumptions.reserved_gib * GIB))
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The stage that needs most."""
+        return max(self.ranks, key=lambda rank: rank.peak)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of a node's memory, for optimizer state."""
+        per_node = self.cluster.gpus_per_node if self.cluster else DEFAULT_RANKS_PER_NODE
+        return max(self.policy.host_state(stage) for stage in range(self.policy.topology.pp)) * per_node
+
+    # --- refit ---
+
+    @cached_property
+    def refit(self) -> PlanReport:
+        """The hand-over of weights, planned."""
+        config, parallel = self.config, self.config.parallel
+        source = megatron_layout(self.shape, parallel.topology, VOCAB_MULTIPLE["te"], "te")
+        destination = engine_layout(self.shape, parallel.num_ranks, config.rollout.tensor_parallel_size)
+        machine = self._machine
+        plan = make_plan(source, destination, FORMATS[config.precision.engine].itemsize, machine.round_bytes, machine.ranks_per_node)
+        return add_up(config.model.path, source.name, destination.name, plan, machine, 0.0)
+
+    @property
+    def _machine(self) -> Machine:
+        if self.cluster is None:
+            return Machine()
+        gpu, assumed = self.cluster.gpu, self.assumptions
+        return Machine(
+            ranks_per_node=self.cluster.gpus_per_node,
+            local_gbs=gpu.hbm_gbs / 2 * assumed.memory_share,  # read and written
+            node_gbs=self.cluster.node_gbs * assumed.link_share,
+            network_gbs=self.cluster.network_gbs * assumed.link_share,
+        )
+
+    # --- time ---
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an iteration."""
+        return self.config.rollout.samples_per_iteration // self.config.algorithm.train_batch_size
+
+    @cached_property
+    def update_time(self) -> UpdateTime:
+        """Seconds of one optimizer step, by part."""
+        return UpdateTime(self.config, self.shape, self.lengths, self.policy, self._cluster, self.assumptions)
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Seconds of an iteration; needs a cluster."""
+        rollout = RolloutTime(self.config, self.shape, self.lengths, self.engine, self._cluster, self.assumptions)
+        update = self.update_time
+        return StepTime(
+            rollout=rollout.rollout(),
+            logprobs=update.logprobs().times(self.steps) if self.steps > 1 else None,
+            passes=update.passes().times(self.steps),
+            gradient_sum=update.gradient_sum() * self.steps,
+            optimizer=update.optimizer() * self.steps,
+            refit=self._refit_seconds,
+        )
+
+    @property
+    def _refit_seconds(self) -> float:
+        """Copies and transfers, and the digests of both sides, which read every byte once each."""
+        digests = 2 * self.engine.weights / (self._cluster.gpu.hbm_gbs * 1e9 * self.assumptions.memory_share)
+        return digests + (self.refit.estimated_s if self.plans_refit else self._refit_bound)
+
+    @property
+    def _refit_bound(self) -> float:
+        """A rank lacks what its policy shard does not hold of its engine shard; all of it over the slowest link."""
+        topology, machine = self.policy.topology, self._machine
+        held = min(1.0, self.engine.tp / (topology.tp * topology.pp))
+        speed = machine.node_gbs if topology.num_ranks <= machine.ranks_per_node or topology.pp == 1 else machine.network_gbs
+        return self.engine.weights * ((1 - held) / speed + held / machine.local_gbs) / 1e9
+
+    @property
+    def _cluster(self) -> Cluster:
+        if self.cluster is None:
+            raise ConfigError("seconds need a cluster; name one by --cluster.")
+        return self.cluster
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of an iteration, prompts included."""
+        return self.config.rollout.samples_per_iteration * self.lengths.total
+
+    @property
+    def tokens_per_gpu_second(self) -> float:
+        """Of the whole iteration."""
+        return self.tokens / self.time.total / self.config.parallel.num_ranks
+
+    @property
+    def mfu(self) -> float:
+        """The model's own arithmetic in the update over the peak of the policy's format."""
+        model = sample_flops(self.shape, self.lengths).model(self.shape.num_layers) * self.config.rollout.samples_per_iteration
+        peak = FORMATS[self.config.precision.policy].tflops(self._cluster.gpu) * 1e12 * self.config.parallel.num_ranks
+        return model / peak / self.time.update
+
+    # --- does it fit ---
+
+    def shortfall(self) -> str | None:
+        """Why it does not fit the cluster, in words with numbers; None where it does."""
+        cluster, fullest = self._cluster, self.fullest
+        phase, limit = fullest.fullest, cluster.gpu.memory_gib
+        if self.config.parallel.num_ranks > cluster.num_gpus:
+            gpus = f"{cluster.nodes} x {cluster.gpus_per_node} GPUs"
+            return f"parallel.num_ranks is {self.config.parallel.num_ranks}, but the cluster has {gpus}"
+        if fullest.peak > limit * GIB:
+            largest = fullest.largest(phase)
+            return (
+                f"a rank of pipeline stage {fullest.stage} needs {fullest.peak / GIB:.1f} GiB in the {phase.value} phase, the largest part "
+                f"{largest.nbytes / GIB:.1f} GiB for {largest.name}, and a {cluster.gpu.name} has {limit:.1f}"
+            )
+        if self.host_bytes > cluster.host_memory_gib * GIB:
+            needed = f"{self.host_bytes / GIB:.0f} GiB of a node's memory"
+            return f"optimizer.offload_to_host needs {needed}, which has {cluster.host_memory_gib:.0f}"
+        return None

@@ -1,0 +1,155 @@
+"""Seconds of the log-prob pass, of forward and backward passes, and of the optimizer.
+
+A step of m micro-batches on p pipeline stages takes m + (p - 1) / v turns of the slowest stage (v model chunks each; Narayanan et al.,
+arXiv 2104.04473, section 2.2). A turn is arithmetic at an assumed share of the peak, the collectives of tensor parallelism, and the
+exchange with the next stage; none of them overlap, as the policy turns no overlap on (`policy/model.py`, `policy/optimizer.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from megatron_r1z.config import TrainConfig
+from megatron_r1z.cost.assumptions import Assumptions
+from megatron_r1z.cost.cluster import Cluster
+from megatron_r1z.cost.compute import SampleFlops, sample_flops
+from megatron_r1z.cost.formats import FORMATS, FP32_BYTES
+from megatron_r1z.cost.lengths import Lengths
+from megatron_r1z.cost.policy_memory import PolicyMemory
+from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.layout.topology import Topology
+
+STEP_BYTES = 7 * FP32_BYTES
+"""Read and written for one parameter by an optimizer step besides the weight: gradient, master weight and two moments, all but the first
+twice."""
+
+
+class Turn(NamedTuple):
+    """Seconds of one micro-batch on one pipeline stage."""
+
+    compute: float
+    tensor_parallel: float
+    exchange: float
+
+    @property
+    def total(self) -> float:
+        """One after the other."""
+        return self.compute + self.tensor_parallel + self.exchange
+
+
+class Passes(NamedTuple):
+    """Seconds of one step's passes."""
+
+    compute: float
+    tensor_parallel: float
+    exchange: float
+    bubble: float
+    """Waiting for the pipeline to fill and drain."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+    def times(self, count: int) -> Passes:
+        """So many of these."""
+        return Passes(*(seconds * count for seconds in self))
+
+
+@dataclass(frozen=True)
+class UpdateTime:
+    """Seconds of what the policy does in one optimizer step."""
+
+    config: TrainConfig
+    shape: ModelShape
+    lengths: Lengths
+    memory: PolicyMemory
+    """For the parameters of each stage."""
+    cluster: Cluster
+    assumptions: Assumptions
+
+    @property
+    def topology(self) -> Topology:
+        """Of the policy."""
+        return self.config.parallel.topology
+
+    @cached_property
+    def _flops(self) -> SampleFlops:
+        return sample_flops(self.shape, self.lengths)
+
+    @property
+    def _itemsize(self) -> int:
+        return FORMATS[self.config.precision.policy].itemsize
+
+    @property
+    def samples(self) -> float:
+        """Samples of one step on one data-parallel rank; all of them, although those without advantage are left out."""
+        return self.config.algorithm.train_batch_size / self.topology.dp
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one step on one data-parallel rank, packed to the budget."""
+        parallel = self.config.parallel
+        multiple = parallel.pipeline_parallel_size if parallel.virtual_pipeline_size > 1 else 1
+        needed = self.samples * self.lengths.total / max(parallel.micro_batch_tokens, self.lengths.total)
+        return math.ceil(math.ceil(needed) / multiple) * multiple
+
+    def logprobs(self) -> Passes:
+        """The pass that takes old log-probs of one step's samples."""
+        return self._passes(self._flops.layer, self._flops.head, collectives=4)
+
+    def passes(self) -> Passes:
+        """Forward and backward."""
+        parallel = self.config.parallel
+        flops = self._flops
+        # 2 all-reduces forward and 2 backward, each two crossings; under sequence parallelism the backward pass gathers 2 inputs again
+        collectives = 8 + 2 * parallel.sequence_parallel + 4 * (parallel.recompute == "full")
+        return self._passes(flops.trained_layer(parallel.recompute), flops.trained_head, collectives)
+
+    def _passes(self, layer_flops: float, head_flops: float, collectives: int) -> Passes:
+        """`collectives` counts crossings of a rank's hidden states over its link, in one layer."""
+        is_backward = collectives > 4
+        turns = [self._turn(stage, layer_flops, head_flops, collectives, is_backward) for stage in range(self.topology.pp)]
+        slowest = max(turns, key=lambda turn: turn.total)
+        bubble = slowest.total * (self.topology.pp - 1) / self.topology.vpp
+        count = self.micro_batches
+        return Passes(slowest.compute * count, slowest.tensor_parallel * count, slowest.exchange * count, bubble)
+
+    def _turn(self, stage: int, layer_flops: float, head_flops: float, collectives: int, is_backward: bool) -> Turn:
+        topology, cluster = self.topology, self.cluster
+        share = self.samples / self.micro_batches
+        tokens = share * self.lengths.total
+        layers = sum(len(chunk.layers) for chunk in topology.chunks(self.shape.num_layers, stage))
+        is_last = stage == topology.pp - 1
+        peak = FORMATS[self.config.precision.policy].tflops(cluster.gpu) * 1e12 * self.assumptions.compute_share
+        compute = share * (layers * layer_flops + is_last * head_flops) / topology.tp / peak
+        hidden = tokens * self.shape.hidden_size * self._itemsize
+        crossed = layers * collectives * hidden * (topology.tp - 1) / topology.tp
+        tensor_parallel = crossed / self._speed(cluster.group_gbs(topology.tp))
+        sent = hidden / (topology.tp if self.config.parallel.sequence_parallel else 1)
+        exchange = 0.0
+        if topology.pp > 1:  # every chunk sends on and, backwards, back; what is received travels at the same time
+            exchange = topology.vpp * (1 + is_backward) * sent / self._speed(cluster.point_gbs(topology.tp * topology.dp))
+        return Turn(compute, tensor_parallel, exchange)
+
+    def _speed(self, gbs: float) -> float:
+        """Bytes per second of a link."""
+        return gbs * 1e9 * self.assumptions.link_share
+
+    def gradient_sum(self) -> float:
+        """Float32 gradients over data-parallel ranks and, with the distributed optimizer, the new weights back."""
+        topology, parameters = self.topology, max(item.total for item in self.memory.parameters)
+        back = self._itemsize if self.config.optimizer.distributed else FP32_BYTES  # all-gather after the reduce-scatter
+        nbytes = parameters * (FP32_BYTES + back) * (topology.dp - 1) / topology.dp
+        return nbytes / self._speed(self.cluster.group_gbs(topology.dp, stride=topology.tp))
+
+    def optimizer(self) -> float:
+        """AdamW on the device or, offloaded, the way to the host, the step there and the way back."""
+        stepped = max(self.memory.stepped_parameters(stage) for stage in range(self.topology.pp))
+        if self.config.optimizer.offload_to_host:
+            moved = stepped * (FP32_BYTES + self._itemsize) / self._speed(self.cluster.host_gbs)
+            return moved + stepped * self.cluster.gpus_per_node * self.assumptions.host_optimizer_ns * 1e-9
+        return stepped * (STEP_BYTES + self._itemsize) / (self.cluster.gpu.hbm_gbs * 1e9 * self.assumptions.memory_share)
