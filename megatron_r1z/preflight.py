@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1z.config import ITEMSIZE, AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
+from megatron_r1z.config import AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, load_config, to_tree
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
@@ -22,7 +22,7 @@ from megatron_r1z.hf_files import locate_tensors
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
 from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
-from megatron_r1z.layout.topology import nearly_even
+from megatron_r1z.model_checks import check_dense, check_layers, check_lengths
 from megatron_r1z.prompts import load_question_sets, load_tokenizer, make_template
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -135,12 +135,8 @@ def _check_fp8(config: TrainConfig | PretrainConfig, shape: ModelShape) -> None:
 
 def _check_weights(config: AnyConfig, shape: ModelShape) -> None:
     parallel, checkpoint = config.parallel, config.model.checkpoint
-    if shape.num_experts:
-        raise ConfigError(
-            f"{config.model.path} is a mixture of {shape.num_experts} experts, and the policy is built for dense models only; "
-            "`megatron-r1z plan` works with it, as do import and export of its weights."
-        )
-    _check_layers(parallel, shape.num_layers)
+    check_dense(config.model.path, shape)
+    check_layers(parallel, shape.num_layers)
     megatron_layout(shape, parallel.topology, 1)
     if checkpoint is not None and kind_of(checkpoint) != "megatron":
         raise ConfigError(
@@ -148,21 +144,6 @@ def _check_weights(config: AnyConfig, shape: ModelShape) -> None:
         )
     if checkpoint is None and not config.model.random_init:
         locate_tensors(config.model.path)
-
-
-def _check_layers(parallel: ParallelConfig, num_layers: int) -> None:
-    sizes, chunks = parallel.pipeline_layers, parallel.num_chunks
-    if sum(sizes) == num_layers or (not sizes and num_layers % chunks == 0):
-        return
-    if sizes:
-        wrong = f"parallel.pipeline_layers {list(sizes)} adds up to {sum(sizes)}, but the model has {num_layers} layers"
-    else:
-        wrong = f"the model's {num_layers} layers cannot be split evenly over {parallel.chunks_in_words}"
-    if num_layers < chunks:
-        remedy = f"lower parallel.pipeline_parallel_size or parallel.virtual_pipeline_size to at most {num_layers} chunks"
-    else:
-        remedy = f"set parallel.pipeline_layers, for example to {list(nearly_even(num_layers, chunks))}"
-    raise ConfigError(f"{wrong}; {remedy}.")
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -182,27 +163,11 @@ def _check_head_size(shape: ModelShape) -> None:
         )
 
 
-def _check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
-    length, rollout = config.max_model_tokens, config.rollout
-    if length > shape.max_positions:
-        raise ConfigError(
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens {rollout.max_response_tokens} "
-            f"= {length}, but the model has {shape.max_positions} positions; lower one of them by {length - shape.max_positions}."
-        )
-    heads = max(1, shape.num_kv_heads // rollout.tensor_parallel_size)
-    needed = 2 * shape.num_layers * heads * shape.head_dim * ITEMSIZE[config.precision.engine_format] * length
-    if needed > rollout.kv_cache_bytes:
-        raise ConfigError(
-            f"rollout.kv_cache_bytes is {rollout.kv_cache_bytes}, but one sequence of {length} tokens needs {needed}; "
-            "raise it to many times that, as sequences run side by side."
-        )
-
-
 def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
     """The engine, and how questions are put and graded."""
     _check_fp8_engine(config, shape)
     _check_head_size(shape)
-    _check_lengths(config, shape)
+    check_lengths(config, shape)
     make_template(config.data, load_tokenizer(config.model.path))
     for function in [config.grading.function, *(item.function for item in config.grading.extra)]:
         if function is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from megatron_r1z.config import RolloutConfig
 from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat, ParameterCounts, count_parameters
@@ -38,7 +38,7 @@ class EngineMemory:
     @cached_property
     def parameters(self) -> ParameterCounts:
         """Of one rank."""
-        return count_parameters(engine_layout(self.shape, self.tp, self.tp).parameters[0])
+        return _rank_parameters(self.shape, self.tp)
 
     @property
     def weights(self) -> int:
@@ -74,3 +74,8 @@ class EngineMemory:
         per_token = self.form.itemsize * (4 * self.shape.hidden_size + 3 * self.shape.ffn_size // self.tp)
         sampler = SAMPLER_COPIES * FP32_BYTES * self.rollout.max_concurrent_sequences * self.shape.vocab_size
         return max(BATCH_TOKENS * per_token, sampler)
+
+
+@lru_cache(maxsize=64)
+def _rank_parameters(shape: ModelShape, tp: int) -> ParameterCounts:
+    return count_parameters(engine_layout(shape, tp, tp).parameters[0])

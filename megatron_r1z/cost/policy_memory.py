@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from megatron_r1z.config import OptimizerConfig, ParallelConfig
 from megatron_r1z.cost.activations import BatchSize, HeadBytes, TokenBytes, backward_bytes, chunks_in_flight, head_bytes, token_bytes
@@ -49,8 +49,7 @@ class PolicyMemory:
         """Of a rank of each stage; those of a stage have as many."""
         topology = self.topology
         one_copy = Topology(topology.tp * topology.pp, topology.tp, topology.pp, topology.vpp, chunk_layers=topology.chunk_layers)
-        layout = megatron_layout(self.shape, one_copy, VOCAB_MULTIPLE[self.spec], self.spec)
-        return tuple(count_parameters(layout.parameters[one_copy.rank_of(0, 0, stage)]) for stage in range(topology.pp))
+        return _stage_parameters(self.shape, one_copy, self.spec)
 
     def weights(self, stage: int) -> int:
         """In the policy's format."""
@@ -131,3 +130,9 @@ class PolicyMemory:
         """Layers times micro-batches that wait for their backward pass."""
         chunks = self.topology.chunks(self.shape.num_layers, stage)
         return sum(waiting * len(chunk.layers) for waiting, chunk in zip(self._waiting(stage), chunks, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _stage_parameters(shape: ModelShape, topology: Topology, spec: Spec) -> tuple[ParameterCounts, ...]:
+    layout = megatron_layout(shape, topology, VOCAB_MULTIPLE[spec], spec)
+    return tuple(count_parameters(layout.parameters[topology.rank_of(0, 0, stage)]) for stage in range(topology.pp))

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from heapq import heapreplace
+from itertools import groupby
 from typing import NamedTuple
 
 from megatron_r1z.errors import ConfigError, RefitError
@@ -176,6 +178,9 @@ def make_plan(
 
 # --- which overlaps ---
 
+_EVERYWHERE = -1
+"""Key of all holders of a region, beside those of each node."""
+
 
 class _Region(NamedTuple):
     """A box of a tensor and the blocks, on different ranks or twice on one, that hold exactly it."""
@@ -183,7 +188,7 @@ class _Region(NamedTuple):
     start: Box
     size: Box
     holders: dict[int, Block]
-    by_node: dict[int, list[int]]
+    by_node: dict[int, tuple[int, ...]]
 
 
 class _TensorRegions:
@@ -221,6 +226,8 @@ class _HolderChoice:
     def __init__(self, ranks_per_node: int) -> None:
         self._ranks_per_node = ranks_per_node
         self._sent: dict[int, int] = defaultdict(int)
+        self._queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        """By the ranks to choose from, a heap of what each had sent when it was last looked at, and its number."""
 
     def __call__(self, region: _Region, rank: int, nbytes: int) -> Block:
         own = region.holders.get(rank)
@@ -230,15 +237,25 @@ class _HolderChoice:
         self._sent[sender] += nbytes
         return region.holders[sender]
 
-    def _candidates(self, region: _Region, rank: int) -> Sequence[int]:
+    def _candidates(self, region: _Region, rank: int) -> tuple[int, ...]:
         """Holders on the node of `rank`, or all of them."""
         if not region.by_node:
-            for holder in sorted(region.holders):
-                region.by_node.setdefault(holder // self._ranks_per_node, []).append(holder)
-        return region.by_node.get(rank // self._ranks_per_node) or list(region.holders)
+            holders = sorted(region.holders)
+            region.by_node[_EVERYWHERE] = tuple(holders)
+            for node, ranks in groupby(holders, key=lambda holder: holder // self._ranks_per_node):
+                region.by_node[node] = tuple(ranks)
+        return region.by_node.get(rank // self._ranks_per_node) or region.by_node[_EVERYWHERE]
 
-    def _least_loaded(self, ranks: Sequence[int]) -> int:
-        return min(ranks, key=lambda rank: (self._sent[rank], rank))
+    def _least_loaded(self, ranks: tuple[int, ...]) -> int:
+        """The one that sends least so far, of equal ones the first: sent bytes only grow, so a first entry that still holds is it."""
+        if len(ranks) == 1:
+            return ranks[0]
+        if ranks not in self._queues:
+            self._queues[ranks] = sorted((self._sent[rank], rank) for rank in ranks)
+        queue = self._queues[ranks]
+        while queue[0][0] != self._sent[queue[0][1]]:
+            heapreplace(queue, (self._sent[queue[0][1]], queue[0][1]))
+        return queue[0][1]
 
 
 def _copies_into(
@@ -288,7 +305,7 @@ def _make_rounds(copies: Sequence[Copy], itemsize: int, round_bytes: int) -> tup
     for copy in copies:
         for piece in _pieces(copy, itemsize, round_bytes):
             sent, received = sending[piece.source_rank], receiving[piece.destination_rank]
-            number = max(sent.first_open, received.first_open)
+            number = max(sent.first_room(piece.nbytes), received.first_room(piece.nbytes))
             while not (sent.has_room(number, piece.nbytes) and received.has_room(number, piece.nbytes)):
                 number += 1
             sent.take(number, piece.nbytes)
@@ -305,8 +322,16 @@ class _Usage:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._used: list[int] = []
-        self.first_open = 0
-        """No earlier round has more than a sixteenth of its bytes left."""
+        self._first: dict[int, int] = {}
+        """By size of a piece, the first round that has room for one; it can only become later."""
+
+    def first_room(self, nbytes: int) -> int:
+        """The first round with room for so many bytes."""
+        number, used, most = self._first.get(nbytes, 0), self._used, self._limit - nbytes
+        while number < len(used) and used[number] > most:
+            number += 1
+        self._first[nbytes] = number
+        return number
 
     def has_room(self, number: int, nbytes: int) -> bool:
         return number >= len(self._used) or self._used[number] + nbytes <= self._limit
@@ -314,8 +339,6 @@ class _Usage:
     def take(self, number: int, nbytes: int) -> None:
         self._used += [0] * (number + 1 - len(self._used))
         self._used[number] += nbytes
-        while self.first_open < len(self._used) and self._used[self.first_open] * 16 > self._limit * 15:
-            self.first_open += 1
 
 
 def _pieces(copy: Copy, itemsize: int, limit: int) -> Iterator[Copy]:

@@ -189,7 +189,7 @@ def test_an_unknown_family(folder: Path, check: str) -> None:
 def test_a_mixture_of_experts(folder: Path, check: str) -> None:
     edit_model(folder, architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=4)
     with pytest.raises(
-        ConfigError, match=r"is a mixture of 4 experts, and the policy is built for dense models only; `megatron-r1z plan` works"
+        ConfigError, match=r"is a mixture of 4 experts, and the policy is built for dense models only; `megatron-r1z plan --model` works"
     ):
         check_train(train_config(folder)) if check == "train" else check_pretrain(pretrain_config(folder))
 
