@@ -28,7 +28,10 @@ from megatron_r1z.config import (
     TrainConfig,
     load_config,
 )
-from megatron_r1z.errors import R1ZError, UsageError
+from megatron_r1z.cost.plan_run import PROMPT_TOKENS, RESPONSE_SHARE, plan_run
+from megatron_r1z.cost.report import refusal, render, render_search
+from megatron_r1z.cost.search import enough_ranks, nearest, search
+from megatron_r1z.errors import ConfigError, R1ZError, UsageError
 from megatron_r1z.folders import Kind
 from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, make_plan_report, render_plan
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
@@ -51,7 +54,10 @@ EXAMPLES = {
     "convert": "megatron-r1z convert runs/quickstart/rl/checkpoints/step_000016 exported --dtype bf16",
     "grade": "megatron-r1z grade --mode strict < answers.jsonl > verdicts.jsonl",
     "doctor": "megatron-r1z doctor",
-    "plan": "megatron-r1z plan --model models/Llama-3-70B --from tp=8,pp=4,vpp=2 --to tp=8",
+    "plan": (
+        "megatron-r1z plan configs/qwen2.5-7b-h100.yaml --cluster configs/clusters/h100-8.yaml\n"
+        "         megatron-r1z plan --model models/Llama-3-70B --from tp=8,pp=4,vpp=2 --to tp=8"
+    ),
 }
 
 
@@ -135,21 +141,31 @@ def _add_grade(commands: Any) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    text = "what a refit between two layouts moves and about how long it takes; needs neither ranks nor weights"
-    sub = _add_command(commands, "plan", _plan, text)
-    sub.add_argument("--model", required=True, metavar="FOLDER", help="model folder, or its config.json alone")
-    sub.add_argument(
-        "--from", required=True, dest="source", metavar="POLICY", help=f"degrees of the policy; keys: {', '.join(POLICY_KEYS)}"
+    text = (
+        "what a run costs on a cluster before it is started: memory of each rank, seconds of each phase, GPU-hours; exit status 2 if it "
+        "does not fit. With --model: what a refit between two layouts moves. Needs neither ranks nor weights nor a GPU"
     )
-    sub.add_argument(
+    sub = _add_command(commands, "plan", _plan, text)
+    sub.add_argument("config", nargs="?", help="YAML file of a training run")
+    sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file")
+    sub.add_argument("--json", metavar="FILE", help="write the report to FILE as well")
+    run = sub.add_argument_group("of a run")
+    run.add_argument("--cluster", metavar="FILE", help="YAML file of devices, nodes and links (configs/clusters/); without it: memory only")
+    run.add_argument("--search", action="store_true", help="list the fastest layouts of the run that fit the cluster")
+    run.add_argument("--prompt-tokens", type=float, metavar="N", help=f"assumed mean of a prompt (default: {PROMPT_TOKENS}, or less)")
+    run.add_argument(
+        "--response-tokens", type=float, metavar="N", help=f"assumed mean of a response (default: the budget over {RESPONSE_SHARE})"
+    )
+    refit = sub.add_argument_group("of a refit alone")
+    refit.add_argument("--model", metavar="FOLDER", help="model folder, or its config.json alone")
+    refit.add_argument("--from", dest="source", metavar="POLICY", help=f"degrees of the policy; keys: {', '.join(POLICY_KEYS)}")
+    refit.add_argument(
         "--to",
-        required=True,
         dest="destination",
         metavar="ENGINES",
         help=f"degrees of the engines; keys: {', '.join(ENGINE_KEYS)} (so many on ranks of their own; without it, on the policy's ranks)",
     )
-    sub.add_argument("--dtype", choices=ITEMSIZE, default="bf16", help="number format of the engines")
-    sub.add_argument("--json", metavar="FILE", help="write the report to FILE as well")
+    refit.add_argument("--dtype", choices=ITEMSIZE, default="bf16", help="number format of the engines")
     for option, kind, default, help_text in (
         ("--ranks-per-node", int, Machine.ranks_per_node, "consecutive ranks that share a node"),
         ("--round-mb", int, Machine.round_bytes >> 20, "MiB that a rank sends and receives at most in one round"),
@@ -157,7 +173,7 @@ def _add_plan(commands: Any) -> None:
         ("--node-gbs", float, Machine.node_gbs, "assumed GB/s of a rank within its node, each direction"),
         ("--network-gbs", float, Machine.network_gbs, "assumed GB/s of a rank between nodes, each direction"),
     ):
-        sub.add_argument(option, type=kind, default=default, metavar="N", help=f"{help_text} (default: {default:g})")
+        refit.add_argument(option, type=kind, default=default, metavar="N", help=f"{help_text} (default: {default:g})")
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -227,6 +243,10 @@ def _grade(options: argparse.Namespace, _arguments: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, _arguments: list[str]) -> int:
+    if options.config is not None:
+        return _plan_run(options)
+    if None in (options.model, options.source, options.destination):
+        raise ConfigError("plan needs the YAML file of a run, or --model, --from and --to for a refit alone; see megatron-r1z plan --help.")
     machine = Machine(
         ranks_per_node=options.ranks_per_node,
         round_bytes=options.round_mb << 20,
@@ -245,6 +265,24 @@ def _doctor(_options: argparse.Namespace, _arguments: list[str]) -> int:
     from megatron_r1z.doctor import diagnose, probe, render
 
     print(render(diagnose(probe())))
+    return 0
+
+
+def _plan_run(options: argparse.Namespace) -> int:
+    report = plan_run(options.config, options.overrides, options.cluster, options.prompt_tokens, options.response_tokens)
+    cost = report.cost
+    if options.search:
+        found = search(cost)
+        if found:
+            print(render_search(found, cost))
+    else:
+        found = []
+        print(render(report))
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
+    if cost.cluster is not None and not found and cost.shortfall() is not None:
+        near = nearest(cost)
+        raise ConfigError(refusal(cost, near, enough_ranks(cost) if near is None else None))
     return 0
 
 

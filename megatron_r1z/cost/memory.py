@@ -73,8 +73,8 @@ def rank_memory(policy: PolicyMemory, engine: EngineMemory, refit_buffers: int, 
         Item("KV cache", engine.rollout.kv_cache_bytes),
         Item("refit buffers", refit_buffers),
         Item("reserved", reserved),
-        Item("at work", engine.work, Phase.ROLLOUT),
-        Item("at work", REFIT_WORK_BYTES, Phase.REFIT),
+        Item("engine at work", engine.work, Phase.ROLLOUT),
+        Item("refit at work", REFIT_WORK_BYTES, Phase.REFIT),
     ]
     return tuple(RankMemory(stage, (*_policy_items(policy, stage), *fixed)) for stage in range(policy.topology.pp))
 
@@ -83,5 +83,5 @@ def _policy_items(policy: PolicyMemory, stage: int) -> Iterator[Item]:
     yield Item("weights", policy.weights(stage))
     yield Item("gradients", policy.gradients(stage))
     yield Item("optimizer", policy.optimizer_state(stage))
-    yield Item("at work", policy.logprobs(stage), Phase.LOGPROBS)
-    yield Item("at work", policy.update(stage), Phase.UPDATE)
+    yield Item("activations", policy.logprobs(stage), Phase.LOGPROBS)
+    yield Item("activations", policy.update(stage), Phase.UPDATE)

@@ -65,7 +65,7 @@ class RunCost:
     cluster: Cluster | None = None
     assumptions: Assumptions = DEFAULT
     plans_refit: bool = True
-    """Whether the refit is planned box by box; without, its buffers and seconds are bounds."""
+    """Whether the refit is planned box by box; without, its buffers are their bound and its seconds a rough estimate."""
 
     # --- memory ---
 
@@ -153,15 +153,20 @@ class RunCost:
     def _refit_seconds(self) -> float:
         """Copies and transfers, and the digests of both sides, which read every byte once each."""
         digests = 2 * self.engine.weights / (self._cluster.gpu.hbm_gbs * 1e9 * self.assumptions.memory_share)
-        return digests + (self.refit.estimated_s if self.plans_refit else self._refit_bound)
+        return digests + (self.refit.estimated_s if self.plans_refit else self._rough_refit)
 
     @property
-    def _refit_bound(self) -> float:
-        """A rank lacks what its policy shard does not hold of its engine shard; all of it over the slowest link."""
+    def _rough_refit(self) -> float:
+        """What a rank holds itself, what its node holds of the rest, and what comes over the network, the last two at once.
+
+        Layers of other pipeline stages are never at hand, and slices of another tensor-parallel size are not on some rank.
+        """
         topology, machine = self.policy.topology, self._machine
-        held = min(1.0, self.engine.tp / (topology.tp * topology.pp))
-        speed = machine.node_gbs if topology.num_ranks <= machine.ranks_per_node or topology.pp == 1 else machine.network_gbs
-        return self.engine.weights * ((1 - held) / speed + held / machine.local_gbs) / 1e9
+        own = 1 / topology.pp if topology.tp in (1, self.engine.tp) else 0.0
+        stages_in_node = max(1.0, machine.ranks_per_node / (topology.tp * topology.dp))
+        in_node = min(1.0, stages_in_node / topology.pp)
+        travelling = max((in_node - own) / machine.node_gbs, (1 - in_node) / machine.network_gbs)
+        return self.engine.weights * (own / machine.local_gbs + travelling) / 1e9
 
     @property
     def _cluster(self) -> Cluster:

@@ -19,6 +19,8 @@ from megatron_r1z.layout.topology import nearly_even
 
 SHOWN = 8
 MOST_STAGES = 32
+CACHE_UNIT = GIB // 4
+"""A key-value cache that is made to fit is so many of these."""
 MOST_RANKS = 4096
 """Where the search for enough ranks ends."""
 
@@ -138,7 +140,7 @@ def _with_cache(cost: RunCost) -> RunCost | None:
     room = int(_cluster(cost).gpu.memory_gib * GIB) - needed
     if room >= 0:
         return cost
-    left = (cost.config.rollout.kv_cache_bytes + room) // GIB * GIB
+    left = (cost.config.rollout.kv_cache_bytes + room) // CACHE_UNIT * CACHE_UNIT
     if left < cost.engine.cache_bytes_per_token * cost.config.max_model_tokens:
         return None
     rollout = dataclasses.replace(cost.config.rollout, kv_cache_bytes=left)

@@ -1,0 +1,84 @@
+"""Seconds of an optimizer step: what is left when everything else is taken away, and what grows with what."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_r1z.cost.assumptions import DEFAULT
+from megatron_r1z.cost.compute import sample_flops
+from megatron_r1z.cost.run_cost import RunCost
+from tests.unit.cost.runs import SHAPE, cluster, cost
+
+TP2 = {"tensor_parallel_size": 2}
+
+
+def pipeline(pp: int, vpp: int = 1, tokens: int = 512) -> RunCost:
+    return cost(parallel={"pipeline_parallel_size": pp, "virtual_pipeline_size": vpp, "micro_batch_tokens": tokens})
+
+
+def test_one_rank_computes_and_does_nothing_else() -> None:
+    run = cost(parallel={"num_ranks": 1})
+    passes, flops = run.update_time.passes(), sample_flops(SHAPE, run.lengths)
+    expected = 64 * (SHAPE.num_layers * 3 * flops.layer + 4 * flops.head) / (1000e12 * DEFAULT.compute_share)
+    assert passes.compute == pytest.approx(expected)
+    assert passes.total == passes.compute
+    assert run.update_time.gradient_sum() == 0
+
+
+def test_ranks_share_the_arithmetic() -> None:
+    one, two, data = cost(parallel={"num_ranks": 1}), cost(parallel={"num_ranks": 2, **TP2}), cost(parallel={"num_ranks": 2})
+    compute = [item.update_time.passes().compute for item in (one, two, data)]
+    assert compute[1] == pytest.approx(compute[0] / 2)
+    assert compute[2] == pytest.approx(compute[0] / 2)
+    assert two.update_time.passes().tensor_parallel > 0 == data.update_time.passes().tensor_parallel
+
+
+def test_the_bubble_is_that_of_the_schedule() -> None:
+    for pp, vpp in ((2, 1), (4, 1), (4, 2)):
+        run = pipeline(pp, vpp)
+        passes, count = run.update_time.passes(), run.update_time.micro_batches
+        assert passes.bubble / (passes.total - passes.bubble) == pytest.approx((pp - 1) / vpp / count)
+
+
+def test_interleaved_micro_batches_come_in_groups_of_the_pipeline_s_size() -> None:
+    assert pipeline(4, 2).update_time.micro_batches % 4 == 0
+
+
+def test_sequence_parallelism_gathers_again_what_it_does_not_keep() -> None:
+    plain, split = (cost(parallel=TP2 | {"sequence_parallel": on}).update_time.passes().tensor_parallel for on in (False, True))
+    assert split == pytest.approx(plain * 10 / 8)
+
+
+def test_a_full_recomputation_is_one_more_forward_pass() -> None:
+    none, full = (cost(parallel=TP2 | {"recompute": recompute}).update_time.passes() for recompute in ("none", "full"))
+    logprobs = cost(parallel=TP2).update_time.logprobs()
+    assert full.tensor_parallel - none.tensor_parallel == pytest.approx(logprobs.tensor_parallel)
+    flops = sample_flops(SHAPE, cost().lengths)
+    layers = SHAPE.num_layers * flops.layer
+    assert (full.compute - none.compute) / logprobs.compute == pytest.approx(layers / (layers + flops.head))
+
+
+def test_the_gradient_sum_crosses_nodes_where_a_node_is_full() -> None:
+    inside = cost().update_time.gradient_sum()
+    across = cost(parallel={"num_ranks": 16}, on=cluster(nodes=2)).update_time.gradient_sum()
+    parameters = cost().policy.parameters[0].total
+    assert inside == pytest.approx(parameters * 6 * 7 / 8 / (400e9 * DEFAULT.link_share))
+    assert across == pytest.approx(parameters * 6 * 15 / 16 / (400e9 * DEFAULT.link_share))  # eight adapters carry the ring
+    slow = cost(parallel={"num_ranks": 16, "tensor_parallel_size": 4}, on=cluster(nodes=2))
+    assert slow.update_time.gradient_sum() > 0
+
+
+def test_an_offloaded_step_takes_the_way_to_the_host_and_its_time_there() -> None:
+    inside = cost().update_time.optimizer()
+    outside = cost(optimizer={"distributed": True, "offload_to_host": True}).update_time.optimizer()
+    stepped = cost().policy.stepped_parameters(0)
+    moved = stepped * 6 / (50e9 * DEFAULT.link_share)
+    assert outside == pytest.approx(moved + stepped * 8 * DEFAULT.host_optimizer_ns * 1e-9)
+    assert outside > 10 * inside
+
+
+def test_one_step_needs_no_old_logprobs() -> None:
+    assert cost(algorithm={"train_batch_size": 256}).time.logprobs is None
+    several = cost().time.logprobs
+    assert several is not None
+    assert several.total > 0
