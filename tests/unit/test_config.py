@@ -27,6 +27,7 @@ from megatron_r1z.config import (
 )
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.yaml_tree import read_tree
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -95,7 +96,7 @@ def test_any_values_survive_the_round_trip(lr: float, betas: tuple[float, float]
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configurations_of_the_repository_are_accepted(path: Path) -> None:
-    sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sections = read_tree(path).values
     kind: Any = PretrainConfig if "corpus" in sections else TrainConfig if "algorithm" in sections else EvaluateConfig
     config = load_config(kind, path)
     assert make_config(kind, yaml.safe_load(dump_config(config))) == config
