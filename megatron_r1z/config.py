@@ -395,7 +395,7 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Bound of the global gradient norm."""
     distributed: bool = False
-    """Split optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    """Split optimizer state over data-parallel and context-parallel ranks (Megatron's distributed optimizer)."""
     offload_to_host: bool = False
     """Keep optimizer state in the host's memory and take the step there; needs a GPU and `distributed`. Not run on a GPU yet."""
     max_skipped_steps: int = 3

@@ -26,7 +26,7 @@ CLOSE = 0.005
 class MicroBatch:
     """What one forward pass takes on one rank: under context parallelism its part of sequences that several ranks share.
 
-    The hidden state at position `rows_R[j]` predicts the response token `targets_R[j]`.
+    The hidden state at position `rows_R[j]` predicts the response token `targets_R[j]`; all fields `_R` have an entry for each.
     """
 
     token_ids_T: Tensor
