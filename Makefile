@@ -32,7 +32,7 @@ invariance: env ## measure every layout against the float64 reference and write 
 
 test-megatron-latest: ## the layouts and the table with the megatron-core of the GPU environment (Python 3.12, no vLLM; 6 GB)
 	@bash tools/make_env.sh .venv-latest latest,dev python3.12
-	@OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -q tests/unit/layout tests/loop/test_layouts.py $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -q tests/unit/layout tests/unit/fp8 tests/loop/test_layouts.py tests/loop/test_fp8.py $(PYTEST_ARGS)
 
 check: env ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

@@ -22,12 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_r1z.errors import DataError, ExportError
 from megatron_r1z.folders import STATE_FILE, WEIGHTS_FILE
 from megatron_r1z.policy.cpu import megatron_device
+from megatron_r1z.policy.model import EXTRA_STATE
 from megatron_r1z.ranks import broadcast
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ class Checkpoints:
                 "or delete that file to start again."
             )
         with megatron_device():
-            policy.load_state(dist_checkpointing.load(policy.sharded_state(is_loading=True), str(path)))
+            policy.load_state(_load(policy.sharded_state(is_loading=True), path))
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
         return state
 
@@ -104,7 +107,26 @@ def load_weights(path: Path, policy: MegatronPolicy) -> None:
     for tensor in policy.parameters().values():
         tensor.zero_()
     with megatron_device():
-        policy.load_weights(dist_checkpointing.load(policy.sharded_weights(), str(path)))
+        policy.load_weights(_load(policy.sharded_weights(), path))
+
+
+def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What `sharded` describes, without the extra state of modules that had none when the checkpoint was written.
+
+    Weights have the same names under both layer specs. Extra state, by which Transformer Engine keeps the scales of recipe `delayed`, is
+    empty otherwise, and norms have one under its spec only.
+    """
+    stored = load_sharded_metadata(str(path))
+
+    def is_there(entry: object) -> bool:
+        return not isinstance(entry, ShardedObject) or not entry.key.endswith(EXTRA_STATE) or entry.unique_key in stored
+
+    readable = {
+        name: {key: entry for key, entry in part.items() if is_there(entry)} if name.startswith("model") else part
+        for name, part in sharded.items()
+    }
+    loaded: dict[str, Any] = dist_checkpointing.load(readable, str(path))
+    return loaded
 
 
 def _save(target: Path, sharded: dict[str, Any], last_file: str, content: Mapping[str, Any]) -> None:

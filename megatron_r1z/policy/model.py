@@ -6,6 +6,7 @@ and the [tokens, vocabulary] matrix never exists (`logprob.py`).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,8 @@ from megatron_r1z.policy.local_layers import PackedAttention, RMSNorm
 from megatron_r1z.policy.logprob import vocab_parallel_logprobs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXTRA_STATE = "_extra_state"
+"""How torch calls what a module keeps besides its tensors."""
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -200,11 +203,13 @@ def _local_layer(shape: ModelShape, *, in_fp8: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention, feed_forward = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if in_fp8:
+        mlp = layer.submodules.mlp  # a spec in megatron-core 0.16, a partial call in 0.19
+        feed_forward = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
         attention.linear_qkv = feed_forward.linear_fc1 = Fp8ColumnParallelLinear
         attention.linear_proj = feed_forward.linear_fc2 = Fp8RowParallelLinear
     return layer

@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch import Tensor
 
 from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.errors import DataError
 from megatron_r1z.fp8.recipes import tokens_multiple
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
@@ -19,7 +20,7 @@ from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules, SampleCo
 from megatron_r1z.policy import step
 from megatron_r1z.policy.cpu import megatron_device, release_free_memory, share_weights
 from megatron_r1z.policy.fp8_state import check_same_number
-from megatron_r1z.policy.model import build_chunks
+from megatron_r1z.policy.model import EXTRA_STATE, build_chunks
 from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_chunks
 from megatron_r1z.policy.parallel import device
 from megatron_r1z.types import UpdateStats
@@ -157,7 +158,10 @@ class MegatronPolicy:
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """Take over what `sharded_weights` saved."""
         for index, chunk in enumerate(self._bare):
-            chunk.load_state_dict(state[f"model{index}"])
+            found = chunk.load_state_dict(state[f"model{index}"], strict=False)
+            wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not name.endswith(EXTRA_STATE)]
+            if wrong:
+                raise DataError(f"the checkpoint and this model differ in {len(wrong)} tensors, the first is {wrong[0]}.")
 
     @megatron_device()
     def load_state(self, state: Mapping[str, Any]) -> None:
