@@ -10,6 +10,7 @@ large that it changes weights in proportion to their gradient: with a small one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from megatron_r1z.fp8.blocks import dequantise, quantise_rows, quantise_weight
-from megatron_r1z.types import Sample
+from megatron_r1z.policy.logprob import TILE_BYTES
 from tests.loop.test_layouts import (
     LENGTH_CONSTANT,
     MAX_NORM,
@@ -126,7 +127,7 @@ def references(model: Path) -> dict[str, Reference]:
     return {
         kind: take_reference_steps(
             model,
-            draw_samples(),
+            draw_samples("drgrpo"),
             draw_shifts(),
             "drgrpo",
             prepare=lambda made, layers=layers: replace_linears(made, layers),
@@ -150,8 +151,8 @@ def result_of(
     def task(name: str, precision: str, against: str) -> dict[str, Any]:
         _, parallel, fp8 = LAYOUTS.get(name, LAYOUTS["tp1"])
         samples = [
-            Sample(item.sample_id, item.token_ids, item.prompt_length, item.advantage, tuple(values.tolist()), 0)
-            for item, values in zip(draw_samples(), references[against].logprobs, strict=True)
+            replace(item, engine_logprobs=tuple(values.tolist()))
+            for item, values in zip(draw_samples("drgrpo"), references[against].logprobs, strict=True)
         ]
         return {
             "name": name,
@@ -168,6 +169,7 @@ def result_of(
             "length_constant": LENGTH_CONSTANT,
             **OPTIMIZER,
             "max_norm": MAX_NORM,
+            "tile_bytes": TILE_BYTES["cpu"],
         }
 
     def result(name: str) -> dict[str, Any]:
