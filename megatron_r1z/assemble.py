@@ -181,6 +181,9 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     if latest is not None:
         log.say(f"resumed from {latest}: {state.iteration} of {config.algorithm.iterations} iterations done")
     matrices = matrices_in_fp8(config, weights.shape, weights.layout)
+    if matrices:
+        kept = left_out(weights.shape, matrices)
+        log.say(f"engine: {len(matrices)} matrices in FP8" + (f", in bf16 {', '.join(kept)}" if kept else ""))
     engine = _make_engine(config, weights.shape, matrices)
     grader = MathGrader(config.grading, config.data.template)
     grader.self_test()

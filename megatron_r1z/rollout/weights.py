@@ -1,9 +1,9 @@
 """How weights come into vLLM: a backend of its weight-transfer interface, registered under our name.
 
 vLLM drives it (`LLM.start_weight_update`, `update_weights`, `finish_weight_update`), so an engine whose kernels keep weights in a layout of
-their own makes that layout again after every refit. Where all kernels use the parameters as they are, a refit writes into them directly;
-otherwise it writes into parameters in checkpoint format beside them (a second copy of the shard), which vLLM's layer-wise reload then
-takes over.
+their own makes that layout again after every refit. Where the kernels of a layer use its parameters as they are, a refit writes into them
+directly; otherwise (packed weights, FP8) it writes into parameters in checkpoint format beside them, a second copy, which vLLM's
+layer-wise reload then takes over.
 
 Written for vLLM 0.32: `vllm.distributed.weight_transfer.base`, `vllm.model_executor.model_loader.reload`.
 """
