@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,6 +47,18 @@ CONFIG: dict[str, Any] = {
     "dtype": "float32",
 }
 """607,616 parameters."""
+FP8_CONFIG = {name: value for name, value in CONFIG.items() if name != "use_sliding_window"} | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 256,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+"""For configs/quickstart-fp8-emulated.yaml: no bias, and every matrix of each of two ranks is a multiple of 128. 889,088 parameters."""
+MODELS = {"qwen2": CONFIG, "llama-fp8": FP8_CONFIG}
 
 
 def main() -> None:
@@ -54,15 +66,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/quickstart/task"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", choices=MODELS, default="qwen2", help="llama-fp8: one whose matrices FP8 blocks fit")
     arguments = parser.parse_args()
-    make_task(arguments.folder, arguments.seed)
+    make_task(arguments.folder, arguments.seed, config=MODELS[arguments.model])
     print(f"wrote model/, corpus.jsonl, questions.jsonl and held_out/ to {arguments.folder}")
 
 
-def make_task(folder: Path, seed: int = 0, num_documents: int = NUM_DOCUMENTS, num_questions: int = NUM_QUESTIONS) -> None:
+def make_task(
+    folder: Path,
+    seed: int = 0,
+    num_documents: int = NUM_DOCUMENTS,
+    num_questions: int = NUM_QUESTIONS,
+    config: Mapping[str, Any] = CONFIG,
+) -> None:
     """Write the whole task into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder / "model")
+    save_model(folder / "model", config)
     held_out = {level: draw_puzzles(level, NUM_HELD_OUT, Random(f"{seed}/held_out/{level}")) for level in QUESTION_LEVELS}
     avoid = frozenset(puzzle.prompt for puzzles in held_out.values() for puzzle in puzzles)
     questions = [
@@ -85,11 +104,11 @@ def make_documents(count: int, generator: Random, avoid: frozenset[str]) -> Iter
             count -= 1
 
 
-def save_model(folder: Path) -> None:
+def save_model(folder: Path, config: Mapping[str, Any] = CONFIG) -> None:
     """A model folder without weights: configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     special = {"eos_token_id": CONFIG["eos_token_id"], "pad_token_id": CONFIG["pad_token_id"]}
-    _save_json(folder / "config.json", CONFIG)
+    _save_json(folder / "config.json", dict(config))
     _save_json(folder / "generation_config.json", special)
     _save_json(folder / "tokenizer.json", _make_tokenizer())
     _save_json(

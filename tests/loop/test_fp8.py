@@ -9,6 +9,9 @@ large that it changes weights in proportion to their gradient: with a small one 
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 
 from megatron_r1z.fp8.blocks import dequantise, quantise_rows, quantise_weight
@@ -222,6 +226,39 @@ def test_the_configured_policy_is_in_fp8(result_of: Callable[[str], dict[str, An
     error = {name: result_of(name)["logprob_mean_error"] for name in ("fp8/all", "fp8/none", "bf16/all", "bf16/none")}
     assert error["fp8/all"] < error["fp8/none"]
     assert error["bf16/none"] < 0.2 * min(error["fp8/none"], error["bf16/all"])
+
+
+def test_the_commands_train_in_fp8(task: Any, pretraining: list[str], cli: Any, tmp_path: Path) -> None:
+    """Pre-training, then an iteration with an engine in bf16, tensor parallel on both sides; the model is exported in bf16."""
+    from megatron_r1z.hf_files import locate_tensors
+
+    subprocess.run(
+        [sys.executable, "examples/quickstart/make_task.py", tmp_path, "--model", "llama-fp8"], check=True, stdout=subprocess.DEVNULL
+    )
+    two_ranks = ("parallel.num_ranks=2", "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true", "precision.policy=fp8")
+    folder = tmp_path / "base"
+    model = f"model.path={tmp_path / 'model'}"
+    outcome = cli.run("pretrain", *pretraining, model, "corpus.steps=30", *two_ranks, f"logging.folder={folder}")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert "policy: FP8 blockwise, emulated (bf16 products of rounded operands, as there is no GPU)" in outcome.stdout
+    losses = [json.loads(line)["pretrain/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.6 * losses[0]
+    with safe_open(locate_tensors(folder / "hf" / "final")["model.norm.weight"], "pt") as file:
+        assert file.get_tensor("model.norm.weight").dtype is torch.bfloat16
+
+    run = tmp_path / "run"
+    arguments = [
+        "configs/quickstart-fp8-emulated.yaml",
+        f"model.path={folder / 'hf' / 'final'}",
+        f"data.train=[{{path: {task.questions}}}]",
+    ]
+    arguments += ["evaluation.sets=[]", "rollout.prompts_per_iteration=8", "rollout.samples_per_prompt=4", "rollout.max_response_tokens=48"]
+    arguments += ["algorithm.train_batch_size=16", "algorithm.iterations=1", f"logging.folder={run}"]
+    outcome = cli.run("train", *arguments, *two_ranks)
+    assert (outcome.status, outcome.stderr) == (0, "")
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert (certificate["policy"], certificate["engine"]) == ("fp8", "bf16")
+    assert certificate["mean_nats"] < 0.2
 
 
 def mean_distance(first: list[Tensor], second: list[Tensor]) -> float:
