@@ -229,7 +229,7 @@ def test_the_configured_policy_is_in_fp8(result_of: Callable[[str], dict[str, An
 
 
 def test_the_commands_train_in_fp8(task: Any, pretraining: list[str], cli: Any, tmp_path: Path) -> None:
-    """Pre-training, then an iteration with an engine in bf16, tensor parallel on both sides; the model is exported in bf16."""
+    """Pre-training, then an iteration with an FP8 engine, tensor parallel on both sides; the model is exported in bf16."""
     from megatron_r1z.hf_files import locate_tensors
 
     subprocess.run(
@@ -257,7 +257,7 @@ def test_the_commands_train_in_fp8(task: Any, pretraining: list[str], cli: Any, 
     outcome = cli.run("train", *arguments, *two_ranks)
     assert (outcome.status, outcome.stderr) == (0, "")
     certificate = json.loads((run / "certificate.json").read_text())
-    assert (certificate["policy"], certificate["engine"]) == ("fp8", "bf16")
+    assert (certificate["policy"], certificate["engine"]) == ("fp8", "fp8")
     assert certificate["mean_nats"] < 0.2
 
 
