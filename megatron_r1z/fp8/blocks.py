@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 128
-"""Columns of every block, rows of a weight's."""
+from megatron_r1z.layout.fp8 import BLOCK
+
 E4M3_MAX = 448.0
 EXPONENT_BITS = -0x800000
 """Sign and exponent of a float32, as an int32 mask: what is left of a number under it is the power of two below."""

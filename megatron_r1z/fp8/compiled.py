@@ -12,15 +12,16 @@ import numpy as np
 from numba import carray
 
 from megatron_r1z.compiled import compiled, pointer
+from megatron_r1z.fp8 import blocks
+from megatron_r1z.layout.fp8 import BLOCK
 
-BLOCK = 128
 EXPONENT = np.int32(0x7F800000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 SIGN = np.int32(0x80)
-SMALLEST_NORMAL = np.float32(2.0**-6)
+SMALLEST_NORMAL = np.float32(blocks.SMALLEST_NORMAL)
 STEPS = np.float32(2.0**9)
 """Numbers of e4m3 below the smallest normal one are multiples of 2^-9."""
-HALF_INTEGER = np.float32(1.5 * 2.0**20)
+HALF_INTEGER = np.float32(blocks.HALF_INTEGER)
 TWENTY, TWENTY_FOUR = np.int32(20), np.int32(24)
 BIAS = np.int32(960)
 """Between the upper 11 bits of a float32 (bias 127) and the 7 bits of a normal e4m3 (bias 7), both without sign."""

@@ -16,7 +16,7 @@ from megatron_r1z.layout.blocks import Block, Box, Layout
 from megatron_r1z.layout.families import BLOCK_FP8, ModelShape, layer_tensors
 
 BLOCK = 128
-"""Rows and columns that share a scale."""
+"""Rows and columns of a weight that share a scale; of activations 1 x 128 do."""
 SCALES = "_scale_inv"
 """What vLLM and Hugging Face add to a matrix's name for its scales."""
 

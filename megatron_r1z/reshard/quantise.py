@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_r1z.fp8.blocks import BLOCK, Quantised, quantise_weight, scale_shape
+from megatron_r1z.fp8.blocks import Quantised, quantise_weight, scale_shape
 from megatron_r1z.layout.blocks import Layout
-from megatron_r1z.layout.fp8 import SCALES, by_format
+from megatron_r1z.layout.fp8 import BLOCK, SCALES, by_format
 from megatron_r1z.layout.plan import Plan, make_plan
 from megatron_r1z.shared_memory import SharedCopies
 
