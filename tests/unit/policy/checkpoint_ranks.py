@@ -45,7 +45,7 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
 
 def make_policy(seed: int) -> MegatronPolicy:
     settings = SimpleNamespace(model=None, parallel=ParallelConfig(), precision=PrecisionConfig(policy="fp8"))
-    policy = MegatronPolicy(settings, SHAPE, Topology(1), padded_vocab_size=311, temperature=1.0)
+    policy = MegatronPolicy(settings, SHAPE, Topology(1), padded_vocab_size=311)
     generator = torch.Generator().manual_seed(seed)
     for tensor in policy.parameters().values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
