@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_r1z.config import Recompute
-from megatron_r1z.cost.formats import FP32_BYTES
+from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat
 from megatron_r1z.layout.blocks import Spec
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
@@ -49,22 +49,25 @@ class TokenBytes:
         return {"none": 0.0, "selective": self.feed_forward, "full": self.whole}[recompute]
 
 
-def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, itemsize: int, spec: Spec) -> TokenBytes:
+def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, form: NumberFormat, spec: Spec) -> TokenBytes:
     """Of one layer on one of `tp` ranks."""
+    itemsize, operand = form.itemsize, form.operand_bytes
     hidden = shape.hidden_size / (tp if sequence_parallel else 1)
     queries, keys = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
     norms = 2 * (_norm_bytes(hidden, itemsize, spec) + FP32_BYTES * hidden / shape.hidden_size)  # inputs, and one root per token
-    normed = 2 * hidden * itemsize  # inputs of qkv and of the feed-forward layer
+    normed = 2 * hidden * operand  # inputs of qkv and of the feed-forward layer
     fused = (queries + 2 * keys) * itemsize  # values are a view of the fused projection, which stays as a whole
     rotated = (queries + keys) * itemsize
     output = queries * itemsize + FP32_BYTES * shape.num_heads / tp  # of attention, with the logarithm of each sum
+    if form.is_fp8:
+        output += queries * operand  # attention keeps its output, and the projection its own copy
     if spec == "local":
         output += queries * itemsize + 4 * shape.head_dim * itemsize  # joined from its sequences; sine and cosine for queries and for keys
     if shape.qk_norm:
         heads = (shape.num_heads + shape.num_kv_heads) / tp
         output += FP32_BYTES * heads + (_norm_bytes(queries + keys, itemsize, spec) if spec == "local" else 0)
-    # gate and up in one, activated gate, up plus its offset of 0, and the product
-    feed_forward = 5 * shape.ffn_size / tp * itemsize
+    # gate and up in one, activated gate, up plus its offset of 0; and the product, which is the input of the last matrix
+    feed_forward = shape.ffn_size / tp * (4 * itemsize + operand)
     return TokenBytes(norms + normed + fused + rotated + output, feed_forward, hidden * itemsize)
 
 

@@ -25,9 +25,11 @@ class Gpu:
     fp32_tflops: float
     fp8_tflops: float = 0.0
     """0: it has no FP8."""
+    compute_capability: tuple[int, int] = (0, 0)
+    """CUDA's name for the generation, which decides about recipes of FP8."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "gpu", but=("name", "fp8_tflops"))
+        _check_positive(self, "gpu", but=("name", "fp8_tflops", "compute_capability"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from megatron_r1z.cost.engine_memory import EngineMemory
+from megatron_r1z.cost.formats import QUANTISED_BYTES
 from megatron_r1z.cost.policy_memory import PolicyMemory
 
 REFIT_WORK_BYTES = 64 << 20
@@ -58,12 +60,13 @@ class RankMemory:
         return max((item for item in self.items if item.phase in (None, phase)), key=lambda item: item.nbytes)
 
 
-def rank_memory(policy: PolicyMemory, engine: EngineMemory, refit_buffers: int, reserved: int) -> tuple[RankMemory, ...]:
+def rank_memory(policy: PolicyMemory, engine: EngineMemory, fp8_share: float, refit_buffers: int, reserved: int) -> tuple[RankMemory, ...]:
     """A rank of each pipeline stage.
 
     Args:
         policy: the policy's part.
         engine: the engine's part, the same on every rank.
+        fp8_share: share of the layers' matrices that go over in FP8.
         refit_buffers: send and receive buffers of the rank that needs most.
         reserved: what no tensor of ours takes.
     """
@@ -76,12 +79,14 @@ def rank_memory(policy: PolicyMemory, engine: EngineMemory, refit_buffers: int, 
         Item("engine at work", engine.work, Phase.ROLLOUT),
         Item("refit at work", REFIT_WORK_BYTES, Phase.REFIT),
     ]
-    return tuple(RankMemory(stage, (*_policy_items(policy, stage), *fixed)) for stage in range(policy.topology.pp))
+    return tuple(RankMemory(stage, (*_policy_items(policy, stage, fp8_share), *fixed)) for stage in range(policy.topology.pp))
 
 
-def _policy_items(policy: PolicyMemory, stage: int) -> Iterator[Item]:
+def _policy_items(policy: PolicyMemory, stage: int, fp8_share: float) -> Iterator[Item]:
     yield Item("weights", policy.weights(stage))
     yield Item("gradients", policy.gradients(stage))
     yield Item("optimizer", policy.optimizer_state(stage))
+    if fp8_share:
+        yield Item("quantised for engines", math.ceil(policy.parameters[stage].matrices * fp8_share * QUANTISED_BYTES))
     yield Item("activations", policy.logprobs(stage), Phase.LOGPROBS)
     yield Item("activations", policy.update(stage), Phase.UPDATE)

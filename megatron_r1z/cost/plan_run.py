@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_r1z.config import TrainConfig, load_config
+from megatron_r1z.cost.checks import check_shape
 from megatron_r1z.cost.cluster import load_cluster
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.cost.report import Report
 from megatron_r1z.cost.run_cost import RunCost
-from megatron_r1z.layout.blocks import engine_layout, megatron_layout
-from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.known import find_shape
-from megatron_r1z.layout.topology import Topology
-from megatron_r1z.model_checks import check_dense, check_layers, check_lengths
 
 PROMPT_TOKENS = 160
 """Mean prompt where none is given: a MATH question under the r1 template."""
@@ -46,7 +43,7 @@ def plan_run(
     config = load_config(TrainConfig, config_path, overrides)
     cluster = load_cluster(cluster_path) if cluster_path else None
     found = find_shape(config.model.path)
-    check_shape(config, found.shape)
+    check_shape(config, found.shape, cluster)
     budget = config.rollout.max_response_tokens
     lengths = Lengths(
         prompt_tokens if prompt_tokens is not None else min(PROMPT_TOKENS, config.data.max_prompt_tokens),
@@ -56,18 +53,3 @@ def plan_run(
     cost = RunCost(config, found.shape, lengths, cluster)
     cost.refit  # noqa: B018  # the only part that takes long
     return Report(Path(config_path).stem, found.source, Path(cluster_path).stem if cluster_path else "", cost, time.perf_counter() - start)
-
-
-def check_shape(config: TrainConfig, shape: ModelShape) -> None:
-    """Refuse what the model cannot be: what `train` refuses before it starts, as far as the shape alone tells.
-
-    Raises:
-        ConfigError: with the numbers.
-    """
-    check_dense(config.model.path, shape)
-    check_layers(config.parallel, shape.num_layers)
-    topology = config.parallel.topology
-    one_copy = Topology(topology.tp * topology.pp, topology.tp, topology.pp, topology.vpp, chunk_layers=topology.chunk_layers)
-    megatron_layout(shape, one_copy, 1)
-    engine_layout(shape, config.rollout.tensor_parallel_size, config.rollout.tensor_parallel_size)
-    check_lengths(config, shape)

@@ -2,7 +2,7 @@
 
 Sizes of parameters are those of the layout, padding included. Gradients are float32 buffers (`policy/optimizer.py`); with bf16 weights the
 optimizer has a float32 master weight and two moments for each parameter, with fp32 weights the two moments. The distributed optimizer
-splits those over the data-parallel ranks, and offload keeps them in the host's memory with a copy of the gradients.
+splits those over the data-parallel and context-parallel ranks, and offload keeps them in the host's memory with a copy of the gradients.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class PolicyMemory:
 
     def stepped_parameters(self, stage: int) -> int:
         """Parameters whose optimizer step this rank takes."""
-        return math.ceil(self.parameters[stage].total / (self.topology.dp if self.optimizer.distributed else 1))
+        copies = self.topology.dp * self.topology.cp  # context-parallel ranks hold the same weights
+        return math.ceil(self.parameters[stage].total / (copies if self.optimizer.distributed else 1))
 
     # --- passes ---
 
@@ -83,7 +84,7 @@ class PolicyMemory:
             self.shape,
             self.topology.tp,
             sequence_parallel=self.parallel.sequence_parallel,
-            itemsize=self.form.itemsize,
+            form=self.form,
             spec=self.spec,
         )
 
@@ -135,4 +136,4 @@ class PolicyMemory:
 @lru_cache(maxsize=256)
 def _stage_parameters(shape: ModelShape, topology: Topology, spec: Spec) -> tuple[ParameterCounts, ...]:
     layout = megatron_layout(shape, topology, VOCAB_MULTIPLE[spec], spec)
-    return tuple(count_parameters(layout.parameters[topology.rank_of(0, 0, stage)]) for stage in range(topology.pp))
+    return tuple(count_parameters(layout.parameters[topology.rank_of(0, 0, 0, stage)]) for stage in range(topology.pp))

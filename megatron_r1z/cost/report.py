@@ -50,7 +50,7 @@ class Report:
                 "tokens": cost.engine.cache_tokens,
                 "longest_sequences": cost.engine.concurrent(cost.config.max_model_tokens),
             },
-            "refit": cost.refit.to_tree(),
+            "refit": [part.to_tree() for part in cost.refit.parts],
             "planning_s": self.planning_s,
         }
         if cost.cluster is not None:
@@ -102,7 +102,8 @@ def _title(report: Report) -> list[str]:
     where = (
         f", {cost.cluster.gpu.name}, {cost.cluster.nodes} x {cost.cluster.gpus_per_node} ({report.cluster_name})" if cost.cluster else ""
     )
-    split = [f"tp{topology.tp}", f"pp{topology.pp}", *([f"vpp{topology.vpp}"] if topology.vpp > 1 else []), f"dp{topology.dp}"]
+    degrees = {"tp": topology.tp, "pp": topology.pp, "vpp": topology.vpp, "cp": topology.cp, "dp": topology.dp}
+    split = [f"{name}{size}" for name, size in degrees.items() if size > 1 or name in ("tp", "pp", "dp")]
     policy = [
         " ".join(split),
         *(["sequence parallel"] if parallel.sequence_parallel else []),
@@ -145,7 +146,7 @@ def _gib(nbytes: int) -> str:
 def _engine_lines(cost: RunCost) -> list[str]:
     engine, refit, config = cost.engine, cost.refit, cost.config
     longest, mean = engine.concurrent(config.max_model_tokens), engine.concurrent(cost.lengths.total)
-    edges = ", ".join(f"{edge.value} {in_units(refit.edges[edge].total)}" for edge in Edge)
+    edges = ", ".join(f"{edge.value} {in_units(refit.nbytes(edge))}" for edge in Edge)
     return [
         f"KV cache  {engine.cache_tokens:,} tokens in an engine: {longest} sequences of {config.max_model_tokens} tokens, {mean} of "
         f"{cost.lengths.total:.0f} (at most {engine.rollout.max_concurrent_sequences}: rollout.max_concurrent_sequences)",
@@ -162,7 +163,13 @@ def _phases(cost: RunCost) -> list[tuple[str, float, str]]:
             ("log-probs", time.logprobs.total, f"the old policy on all samples; bubble {time.logprobs.bubble / time.logprobs.total:.0%}")
         )
     spent = _shares(
-        passes.total, {"tensor parallel": passes.tensor_parallel, "pipeline exchange": passes.exchange, "bubble": passes.bubble}
+        passes.total,
+        {
+            "tensor parallel": passes.tensor_parallel,
+            "context parallel": passes.context_parallel,
+            "pipeline exchange": passes.exchange,
+            "bubble": passes.bubble,
+        },
     )
     counts = f"{cost.steps} steps of {cost.update_time.micro_batches} micro-batches"
     return [
@@ -259,9 +266,9 @@ def render_search(found: Sequence[RunCost], cost: RunCost) -> str:
 
 def _search_row(cost: RunCost) -> tuple[str, ...]:
     config, topology, time = cost.config, cost.policy.topology, cost.time
-    vpp = f" vpp{topology.vpp}" if topology.vpp > 1 else ""
+    more = "".join(f" {name}{size}" for name, size in (("vpp", topology.vpp), ("cp", topology.cp)) if size > 1)
     return (
-        f"tp{topology.tp} pp{topology.pp}{vpp} dp{topology.dp}",
+        f"tp{topology.tp} pp{topology.pp}{more} dp{topology.dp}",
         config.parallel.recompute,
         str(config.parallel.micro_batch_tokens),
         f"{config.parallel.num_ranks // cost.engine.tp} x tp{cost.engine.tp}",

@@ -18,7 +18,7 @@ from megatron_r1z.cost.assumptions import Assumptions
 from megatron_r1z.cost.cluster import Cluster
 from megatron_r1z.cost.compute import decode_flops, sample_flops
 from megatron_r1z.cost.engine_memory import EngineMemory
-from megatron_r1z.cost.formats import FORMATS
+from megatron_r1z.cost.formats import NumberFormat, engine_format
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.layout.families import ModelShape
 
@@ -116,11 +116,10 @@ class RolloutTime:
         """One step of so many sequences, each with `context` tokens."""
         gpu, assumed, tp = self.cluster.gpu, self.assumptions, self.memory.tp
         bandwidth = gpu.hbm_gbs * 1e9 * assumed.memory_share
-        form = FORMATS[self.config.precision.engine]
         weights = self._read_weights / bandwidth
         cache = sequences * context * self.memory.cache_bytes_per_token / bandwidth
-        compute = sequences * decode_flops(self.shape, context) / tp / (form.tflops(gpu) * 1e12 * assumed.decode_compute_share)
-        hidden = sequences * self.shape.hidden_size * form.itemsize
+        compute = decode_flops(self.shape, context).times(sequences / tp).seconds(self._form, gpu, assumed.decode_compute_share)
+        hidden = sequences * self.shape.hidden_size * self._form.itemsize
         link = self.cluster.group_gbs(tp) * 1e9 * assumed.link_share
         reduce = assumed.small_collective_us * 1e-6 + 2 * hidden * (tp - 1) / tp / link
         tensor_parallel = 2 * self.shape.num_layers * reduce if tp > 1 else 0.0
@@ -133,7 +132,7 @@ class RolloutTime:
     def _read_weights(self) -> int:
         """Bytes of weights that a step reads: all but the embedding, of which it takes a few rows, unless that is the output layer too."""
         vocabulary = self.shape.vocab_size * self.shape.hidden_size // self.memory.tp
-        embedding = 0 if self.shape.tied_embeddings else vocabulary * FORMATS[self.config.precision.engine].itemsize
+        embedding = 0 if self.shape.tied_embeddings else vocabulary * self._form.itemsize
         return self.memory.weights - embedding
 
     def _prefill(self) -> float:
@@ -141,8 +140,12 @@ class RolloutTime:
         rollout = self.config.rollout
         prompt = sample_flops(self.shape, Lengths(self.lengths.prompt, 1, rollout.max_response_tokens))
         prompts = rollout.prompts_per_iteration / self.num_engines
-        peak = FORMATS[self.config.precision.engine].tflops(self.cluster.gpu) * 1e12 * self.assumptions.compute_share
-        return prompts * self.shape.num_layers * prompt.layer / self.memory.tp / peak
+        work = prompt.layer.times(prompts * self.shape.num_layers / self.memory.tp)
+        return work.seconds(self._form, self.cluster.gpu, self.assumptions.compute_share)
+
+    @property
+    def _form(self) -> NumberFormat:
+        return engine_format(self.config.precision)
 
 
 def _sum(one: Decode, other: Decode) -> Decode:

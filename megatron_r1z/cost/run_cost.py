@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,16 +12,17 @@ from megatron_r1z.cost.assumptions import DEFAULT, Assumptions
 from megatron_r1z.cost.cluster import GIB, Cluster
 from megatron_r1z.cost.compute import sample_flops
 from megatron_r1z.cost.engine_memory import EngineMemory
-from megatron_r1z.cost.formats import FORMATS
+from megatron_r1z.cost.formats import FP32_BYTES, engine_format, fp8_share, policy_format
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.cost.memory import RankMemory, rank_memory
 from megatron_r1z.cost.policy_memory import VOCAB_MULTIPLE, PolicyMemory
 from megatron_r1z.cost.rollout_time import Rollout, RolloutTime
 from megatron_r1z.cost.update_time import Passes, UpdateTime
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.layout.blocks import engine_layout, megatron_layout
+from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape
-from megatron_r1z.layout.plan import DEFAULT_RANKS_PER_NODE, DEFAULT_ROUND_BYTES, LIVE_ROUNDS, make_plan
+from megatron_r1z.layout.fp8 import by_format, fp8_matrices
+from megatron_r1z.layout.plan import DEFAULT_RANKS_PER_NODE, DEFAULT_ROUND_BYTES, LIVE_ROUNDS, Edge, make_plan
 from megatron_r1z.plan_report import Machine, PlanReport, add_up
 
 MAX_BUFFER_BYTES = 2 * LIVE_ROUNDS * DEFAULT_ROUND_BYTES
@@ -52,6 +54,32 @@ class StepTime:
 
 
 @dataclass(frozen=True)
+class RefitCost:
+    """A refit's plans: one, or in FP8 those of what is not, of the matrices, and of their scales, one after the other."""
+
+    parts: tuple[PlanReport, ...]
+
+    def nbytes(self, edge: Edge) -> int:
+        """Bytes that cross one kind of edge, over all ranks."""
+        return sum(part.edges[edge].total for part in self.parts)
+
+    @property
+    def num_rounds(self) -> int:
+        """Of all parts."""
+        return sum(part.num_rounds for part in self.parts)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the rank that needs most; every part has its own."""
+        return sum(part.buffer_bytes for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """As estimated, digests apart."""
+        return sum(part.estimated_s for part in self.parts)
+
+
+@dataclass(frozen=True)
 class RunCost:
     """What a run costs on each rank.
 
@@ -73,20 +101,31 @@ class RunCost:
     def policy(self) -> PolicyMemory:
         """Memory of the policy, for a pipeline that is full and the longest sample, which travels alone where it exceeds the budget."""
         config = self.config
-        tokens = max(config.parallel.micro_batch_tokens, config.max_model_tokens)
+        together = max(config.parallel.micro_batch_tokens, config.max_model_tokens)
+        tokens = math.ceil(together / config.parallel.context_parallel_size)
         batch = BatchSize(tokens, responses=tokens, micro_batches=config.parallel.num_chunks)
-        return PolicyMemory(self.shape, config.parallel, config.optimizer, FORMATS[config.precision.policy], batch)
+        return PolicyMemory(self.shape, config.parallel, config.optimizer, policy_format(config.precision), batch)
 
     @cached_property
     def engine(self) -> EngineMemory:
         """Memory of the engine."""
-        return EngineMemory(self.shape, self.config.rollout, FORMATS[self.config.precision.engine], self.config.max_model_tokens)
+        form = engine_format(self.config.precision, self.fp8_share)
+        return EngineMemory(self.shape, self.config.rollout, form, self.config.max_model_tokens)
+
+    @cached_property
+    def fp8_share(self) -> float:
+        """Share of the layers' matrices that an FP8 engine gets in FP8; 0 where the engine is not in FP8."""
+        config = self.config
+        if config.precision.engine != "fp8":
+            return 0.0
+        bf16_layers = config.precision.bf16_layers(self.shape.num_layers)
+        return fp8_share(self.shape, config.parallel.tensor_parallel_size, config.rollout.tensor_parallel_size, bf16_layers)
 
     @cached_property
     def ranks(self) -> tuple[RankMemory, ...]:
         """Memory of a rank of each pipeline stage."""
-        buffers = self.refit.buffer_bytes if self.plans_refit else MAX_BUFFER_BYTES
-        return rank_memory(self.policy, self.engine, buffers, int(self.assumptions.reserved_gib * GIB))
+        buffers = self.refit.buffer_bytes if self.plans_refit else MAX_BUFFER_BYTES * (3 if self.engine.form.is_fp8 else 1)
+        return rank_memory(self.policy, self.engine, self.fp8_share, buffers, int(self.assumptions.reserved_gib * GIB))
 
     @property
     def fullest(self) -> RankMemory:
@@ -102,14 +141,22 @@ class RunCost:
     # --- refit ---
 
     @cached_property
-    def refit(self) -> PlanReport:
+    def refit(self) -> RefitCost:
         """The hand-over of weights, planned."""
         config, parallel = self.config, self.config.parallel
         source = megatron_layout(self.shape, parallel.topology, VOCAB_MULTIPLE["te"], "te")
         destination = engine_layout(self.shape, parallel.num_ranks, config.rollout.tensor_parallel_size)
+        matrices: frozenset[str] = frozenset()
+        if self.engine.form.is_fp8:
+            matrices = fp8_matrices(self.shape, (source, destination), config.precision.bf16_layers(self.shape.num_layers))
+        sizes = (self.engine.form.itemsize, 1, FP32_BYTES)
+        parts = zip(by_format(source, matrices), by_format(destination, matrices), sizes, strict=True)
+        return RefitCost(tuple(self._planned(*part) for part in parts if part[0].blocks))
+
+    def _planned(self, source: Layout, destination: Layout, itemsize: int) -> PlanReport:
         machine = self._machine
-        plan = make_plan(source, destination, FORMATS[config.precision.engine].itemsize, machine.round_bytes, machine.ranks_per_node)
-        return add_up(config.model.path, source.name, destination.name, plan, machine, 0.0)
+        plan = make_plan(source, destination, itemsize, machine.round_bytes, machine.ranks_per_node)
+        return add_up(self.config.model.path, source.name, destination.name, plan, machine, 0.0)
 
     @property
     def _machine(self) -> Machine:
@@ -153,7 +200,7 @@ class RunCost:
     def _refit_seconds(self) -> float:
         """Copies and transfers, and the digests of both sides, which read every byte once each."""
         digests = 2 * self.engine.weights / (self._cluster.gpu.hbm_gbs * 1e9 * self.assumptions.memory_share)
-        return digests + (self.refit.estimated_s if self.plans_refit else self._rough_refit)
+        return digests + (self.refit.seconds if self.plans_refit else self._rough_refit)
 
     @property
     def _rough_refit(self) -> float:
@@ -163,7 +210,7 @@ class RunCost:
         """
         topology, machine = self.policy.topology, self._machine
         own = 1 / topology.pp if topology.tp in (1, self.engine.tp) else 0.0
-        stages_in_node = max(1.0, machine.ranks_per_node / (topology.tp * topology.dp))
+        stages_in_node = max(1.0, machine.ranks_per_node * topology.pp / topology.num_ranks)
         in_node = min(1.0, stages_in_node / topology.pp)
         travelling = max((in_node - own) / machine.node_gbs, (1 - in_node) / machine.network_gbs)
         return self.engine.weights * (own / machine.local_gbs + travelling) / 1e9
@@ -188,7 +235,7 @@ class RunCost:
     def mfu(self) -> float:
         """The model's own arithmetic in the update over the peak of the policy's format."""
         model = sample_flops(self.shape, self.lengths).model(self.shape.num_layers) * self.config.rollout.samples_per_iteration
-        peak = FORMATS[self.config.precision.policy].tflops(self._cluster.gpu) * 1e12 * self.config.parallel.num_ranks
+        peak = policy_format(self.config.precision).matrix_tflops(self._cluster.gpu) * 1e12 * self.config.parallel.num_ranks
         return model / peak / self.time.update
 
     # --- does it fit ---

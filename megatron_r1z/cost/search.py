@@ -1,7 +1,8 @@
 """Layouts of a run that fit its cluster: the fastest ones, and the one nearest to what a configuration asks for.
 
-What is varied: tensor, pipeline and virtual pipeline parallelism of the policy, recomputed activations, micro-batches, the distributed
-optimizer and its offload, ranks of an engine and its key-value cache. Everything else, the algorithm above all, stays as it is.
+What is varied: tensor, pipeline and virtual pipeline parallelism of the policy, its context parallelism where nothing else helps,
+recomputed activations, micro-batches, the distributed optimizer and its offload, ranks of an engine and its key-value cache. Everything
+else, the algorithm above all, stays as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from megatron_r1z.config import OptimizerConfig, ParallelConfig, Recompute, RolloutConfig, TrainConfig, to_tree
+from megatron_r1z.cost.checks import check_precision
 from megatron_r1z.cost.cluster import GIB, Cluster
 from megatron_r1z.cost.run_cost import RunCost
 from megatron_r1z.errors import ConfigError
@@ -19,6 +21,8 @@ from megatron_r1z.layout.topology import nearly_even
 
 SHOWN = 8
 MOST_STAGES = 32
+CONTEXT_SIZES = (1, 2, 4, 8)
+"""Context-parallel sizes for a run that does not fit with its own."""
 CACHE_UNIT = GIB // 4
 """A key-value cache that is made to fit is so many of these."""
 MOST_RANKS = 4096
@@ -27,7 +31,8 @@ MOST_RANKS = 4096
 
 def search(cost: RunCost) -> list[RunCost]:
     """The fastest layouts that fit, the best first, each with its refit planned; at most one for each split of policy and engine."""
-    fitting = [item for item in _variants(cost, offload=False) if item.shortfall() is None]
+    context = cost.config.parallel.context_parallel_size
+    fitting = [item for item in _variants(cost, offload=False, context=context) if item.shortfall() is None]
     fitting.sort(key=lambda item: item.time.total)
     best: dict[tuple[int, ...], RunCost] = {}
     for item in fitting:
@@ -39,10 +44,12 @@ def search(cost: RunCost) -> list[RunCost]:
 
 def nearest(cost: RunCost) -> RunCost | None:
     """The layout that fits with the fewest changes, the fastest of those; None where none does."""
-    for offload in (cost.config.optimizer.offload_to_host, True):
-        fitting = [item for item in _variants(cost, offload=offload) if item.shortfall() is None]
-        if fitting:
-            return min(fitting, key=lambda item: (len(changes(cost.config, item.config)), item.time.total))
+    context = cost.config.parallel.context_parallel_size
+    for offload in dict.fromkeys((cost.config.optimizer.offload_to_host, True)):
+        for size in dict.fromkeys((context, *CONTEXT_SIZES)):
+            fitting = [item for item in _variants(cost, offload=offload, context=size) if item.shortfall() is None]
+            if fitting:
+                return min(fitting, key=lambda item: (len(changes(cost.config, item.config)), item.time.total))
     return None
 
 
@@ -77,10 +84,10 @@ def _flow(value: object) -> str:
 # --- what can be varied ---
 
 
-def _variants(cost: RunCost, *, offload: bool) -> Iterator[RunCost]:
+def _variants(cost: RunCost, *, offload: bool, context: int) -> Iterator[RunCost]:
     """Every layout that the model can be split by, with as much key-value cache as is of use and fits."""
     for rollout in _rollouts(cost):
-        for parallel, optimizer in _policies(cost, offload=offload):
+        for parallel, optimizer in _policies(cost, offload=offload, context=context):
             config = dataclasses.replace(cost.config, parallel=parallel, optimizer=optimizer, rollout=rollout)
             variant = _with_cache(dataclasses.replace(cost, config=config, plans_refit=False))
             if variant is not None:
@@ -95,11 +102,13 @@ def _rollouts(cost: RunCost) -> Iterator[RolloutConfig]:
             yield dataclasses.replace(config.rollout, tensor_parallel_size=tp)
 
 
-def _policies(cost: RunCost, *, offload: bool) -> Iterator[tuple[ParallelConfig, OptimizerConfig]]:
+def _policies(cost: RunCost, *, offload: bool, context: int) -> Iterator[tuple[ParallelConfig, OptimizerConfig]]:
     config, shape = cost.config, cost.shape
     optimizer = dataclasses.replace(config.optimizer, distributed=True, offload_to_host=offload)
     keeps = [config.optimizer] if config.optimizer.offload_to_host == offload else []
-    for tp, pp in _degrees(config.parallel.num_ranks, shape, _node(cost), config.algorithm.train_batch_size):
+    if config.parallel.num_ranks % context:
+        return
+    for tp, pp in _degrees(config.parallel.num_ranks // context, shape, _node(cost), config.algorithm.train_batch_size):
         for vpp in (1, 2) if pp > 1 and shape.num_layers % (2 * pp) == 0 else (1,):
             for recompute in get_args(Recompute):
                 for tokens in _budgets(config):
@@ -107,6 +116,7 @@ def _policies(cost: RunCost, *, offload: bool) -> Iterator[tuple[ParallelConfig,
                         config.parallel,
                         tensor_parallel_size=tp,
                         pipeline_parallel_size=pp,
+                        context_parallel_size=context,
                         virtual_pipeline_size=vpp,
                         pipeline_layers=() if shape.num_layers % (pp * vpp) == 0 else nearly_even(shape.num_layers, pp * vpp),
                         sequence_parallel=tp > 1,
@@ -134,6 +144,7 @@ def _budgets(config: TrainConfig) -> list[int]:
 def _with_cache(cost: RunCost) -> RunCost | None:
     """With the configured key-value cache if it fits, else with what is left, else None; also None where the model cannot be split."""
     try:
+        check_precision(cost.config, cost.shape, cost.cluster)
         needed = cost.fullest.peak
     except ConfigError:
         return None

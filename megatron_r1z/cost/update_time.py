@@ -15,8 +15,8 @@ from typing import NamedTuple
 from megatron_r1z.config import TrainConfig
 from megatron_r1z.cost.assumptions import Assumptions
 from megatron_r1z.cost.cluster import Cluster
-from megatron_r1z.cost.compute import SampleFlops, sample_flops
-from megatron_r1z.cost.formats import FORMATS, FP32_BYTES
+from megatron_r1z.cost.compute import SampleFlops, Work, sample_flops
+from megatron_r1z.cost.formats import FP32_BYTES, policy_format
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.cost.policy_memory import PolicyMemory
 from megatron_r1z.layout.families import ModelShape
@@ -32,12 +32,13 @@ class Turn(NamedTuple):
 
     compute: float
     tensor_parallel: float
+    context_parallel: float
     exchange: float
 
     @property
     def total(self) -> float:
         """One after the other."""
-        return self.compute + self.tensor_parallel + self.exchange
+        return sum(self)
 
 
 class Passes(NamedTuple):
@@ -45,6 +46,7 @@ class Passes(NamedTuple):
 
     compute: float
     tensor_parallel: float
+    context_parallel: float
     exchange: float
     bubble: float
     """Waiting for the pipeline to fill and drain."""
@@ -57,6 +59,18 @@ class Passes(NamedTuple):
     def times(self, count: int) -> Passes:
         """So many of these."""
         return Passes(*(seconds * count for seconds in self))
+
+
+class _Kind(NamedTuple):
+    """What a pass does in one layer and in the head, for one sample."""
+
+    layer: Work
+    head: Work
+    collectives: int
+    """How often a rank's hidden states cross its link."""
+    rings: int
+    """How often its keys and values go round the context-parallel ranks."""
+    is_backward: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class UpdateTime:
 
     @property
     def _itemsize(self) -> int:
-        return FORMATS[self.config.precision.policy].itemsize
+        return policy_format(self.config.precision).itemsize
 
     @property
     def samples(self) -> float:
@@ -99,52 +113,57 @@ class UpdateTime:
 
     def logprobs(self) -> Passes:
         """The pass that takes old log-probs of one step's samples."""
-        return self._passes(self._flops.layer, self._flops.head, collectives=4)
+        return self._passes(_Kind(self._flops.layer, self._flops.head, collectives=4, rings=1, is_backward=False))
 
     def passes(self) -> Passes:
         """Forward and backward."""
-        parallel = self.config.parallel
-        flops = self._flops
+        parallel, flops = self.config.parallel, self._flops
+        is_full = parallel.recompute == "full"
         # 2 all-reduces forward and 2 backward, each two crossings; under sequence parallelism the backward pass gathers 2 inputs again
-        collectives = 8 + 2 * parallel.sequence_parallel + 4 * (parallel.recompute == "full")
-        return self._passes(flops.trained_layer(parallel.recompute), flops.trained_head, collectives)
+        collectives = 8 + 2 * parallel.sequence_parallel + 4 * is_full
+        # keys and values forward, these and their gradients backward
+        kind = _Kind(flops.trained_layer(parallel.recompute), flops.trained_head, collectives, rings=3 + is_full, is_backward=True)
+        return self._passes(kind)
 
-    def _passes(self, layer_flops: float, head_flops: float, collectives: int) -> Passes:
-        """`collectives` counts crossings of a rank's hidden states over its link, in one layer."""
-        is_backward = collectives > 4
-        turns = [self._turn(stage, layer_flops, head_flops, collectives, is_backward) for stage in range(self.topology.pp)]
+    def _passes(self, kind: _Kind) -> Passes:
+        turns = [self._turn(stage, kind) for stage in range(self.topology.pp)]
         slowest = max(turns, key=lambda turn: turn.total)
         bubble = slowest.total * (self.topology.pp - 1) / self.topology.vpp
-        count = self.micro_batches
-        return Passes(slowest.compute * count, slowest.tensor_parallel * count, slowest.exchange * count, bubble)
+        compute, tensor, context, exchange = (seconds * self.micro_batches for seconds in slowest)
+        return Passes(compute, tensor, context, exchange, bubble)
 
-    def _turn(self, stage: int, layer_flops: float, head_flops: float, collectives: int, is_backward: bool) -> Turn:
+    def _turn(self, stage: int, kind: _Kind) -> Turn:
         topology, cluster = self.topology, self.cluster
-        share = self.samples / self.micro_batches
-        tokens = share * self.lengths.total
+        share = self.samples / self.micro_batches / topology.cp  # of a rank
         layers = sum(len(chunk.layers) for chunk in topology.chunks(self.shape.num_layers, stage))
-        is_last = stage == topology.pp - 1
-        peak = FORMATS[self.config.precision.policy].tflops(cluster.gpu) * 1e12 * self.assumptions.compute_share
-        compute = share * (layers * layer_flops + is_last * head_flops) / topology.tp / peak
-        hidden = tokens * self.shape.hidden_size * self._itemsize
-        crossed = layers * collectives * hidden * (topology.tp - 1) / topology.tp
-        tensor_parallel = crossed / self._speed(cluster.group_gbs(topology.tp))
+        work = kind.layer.times(layers).plus(kind.head.times(stage == topology.pp - 1)).times(share / topology.tp)
+        hidden = share * self.lengths.total * self.shape.hidden_size * self._itemsize
+        crossed = layers * kind.collectives * hidden * (topology.tp - 1) / topology.tp
+        keys = 2 * share * self.lengths.total * self.shape.num_kv_heads * self.shape.head_dim / topology.tp * self._itemsize
+        ring = layers * kind.rings * keys * (topology.cp - 1)
         sent = hidden / (topology.tp if self.config.parallel.sequence_parallel else 1)
         exchange = 0.0
         if topology.pp > 1:  # every chunk sends on and, backwards, back; what is received travels at the same time
-            exchange = topology.vpp * (1 + is_backward) * sent / self._speed(cluster.point_gbs(topology.tp * topology.dp))
-        return Turn(compute, tensor_parallel, exchange)
+            distance = topology.tp * topology.cp * topology.dp
+            exchange = topology.vpp * (1 + kind.is_backward) * sent / self._speed(cluster.point_gbs(distance))
+        return Turn(
+            work.seconds(policy_format(self.config.precision), cluster.gpu, self.assumptions.compute_share),
+            crossed / self._speed(cluster.group_gbs(topology.tp)),
+            ring / self._speed(cluster.group_gbs(topology.cp, stride=topology.tp)),
+            exchange,
+        )
 
     def _speed(self, gbs: float) -> float:
         """Bytes per second of a link."""
         return gbs * 1e9 * self.assumptions.link_share
 
     def gradient_sum(self) -> float:
-        """Float32 gradients over data-parallel ranks and, with the distributed optimizer, the new weights back."""
+        """Float32 gradients over data-parallel and context-parallel ranks and, with the distributed optimizer, the new weights back."""
         topology, parameters = self.topology, max(item.total for item in self.memory.parameters)
         back = self._itemsize if self.config.optimizer.distributed else FP32_BYTES  # all-gather after the reduce-scatter
-        nbytes = parameters * (FP32_BYTES + back) * (topology.dp - 1) / topology.dp
-        return nbytes / self._speed(self.cluster.group_gbs(topology.dp, stride=topology.tp))
+        copies = topology.dp * topology.cp
+        nbytes = parameters * (FP32_BYTES + back) * (copies - 1) / copies
+        return nbytes / self._speed(self.cluster.group_gbs(copies, stride=topology.tp))
 
     def optimizer(self) -> float:
         """AdamW on the device or, offloaded, the way to the host, the step there and the way back."""

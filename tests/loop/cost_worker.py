@@ -80,17 +80,19 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     shape, topology = load_shape(case["model"]), parallel.topology
     start_megatron(topology, seed=1)
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
-    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded, temperature=1.0)
+    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded)
     for weight in policy.parameters().values():
         weight.normal_(0, 0.02)
     policy.start_training(
         lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2),
         OptimizerConfig(distributed=case["distributed"]),
     )
+    where = topology.coordinates(dist.get_rank())
     batch = pack(
         make_samples(case["samples"], shape.vocab_size),
         policy.packing_rules(),
-        topology.coordinates(dist.get_rank()).dp_rank,
+        where.dp_rank,
+        where.cp_rank,
         token_weight=lambda _length: 1.0,
         denominator=1000,
     )
@@ -121,7 +123,7 @@ def make_samples(count: int, vocab_size: int) -> list[Sample]:
     draw = random.Random(0)
     responses = SAMPLE_TOKENS - PROMPT_TOKENS
     return [
-        Sample(f"{index}", tuple(draw.randrange(vocab_size) for _ in range(SAMPLE_TOKENS)), PROMPT_TOKENS, 1.0, (-1.0,) * responses, 0)
+        Sample(f"{index}", tuple(draw.randrange(vocab_size) for _ in range(SAMPLE_TOKENS)), PROMPT_TOKENS, 1.0, 1.0, (-1.0,) * responses, 0)
         for index in range(count)
     ]
 

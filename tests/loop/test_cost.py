@@ -17,7 +17,7 @@ import pytest
 
 from megatron_r1z.config import OptimizerConfig, ParallelConfig
 from megatron_r1z.cost.activations import BatchSize
-from megatron_r1z.cost.formats import FORMATS
+from megatron_r1z.cost.formats import POLICY_FORMATS
 from megatron_r1z.cost.policy_memory import PolicyMemory
 from megatron_r1z.layout.families import load_shape
 
@@ -65,6 +65,7 @@ CASES = (
     case("PP2, tied embeddings", 2, "qwen2", **PP2),
     case("PP2, uneven, recompute selective", 2, **PP2, pipeline_layers=(3, 1), recompute="selective"),
     case("PP2 with VPP2", 2, **PP2, virtual_pipeline_size=2),
+    case("CP2, distributed optimizer", 2, context_parallel_size=2, distributed=True),
     case("DP2, distributed optimizer", 2, distributed=True),
     case("DP2, distributed optimizer, fp32", 2, precision="fp32", distributed=True),
 )
@@ -113,7 +114,7 @@ def predicted(item: Case, model: str, rank: int, row: dict[str, int]) -> dict[st
         load_shape(model),
         parallel,
         OptimizerConfig(distributed=item.distributed),
-        FORMATS[item.precision],
+        POLICY_FORMATS[item.precision],
         BatchSize(row["tokens"], row["responses"], row["micro_batches"]),
         spec="local",
     )

@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_r1z.cost.activations import TILE_BYTES, BatchSize, chunks_in_flight, head_bytes, tile_shape, token_bytes
+from megatron_r1z.cost.formats import POLICY_FORMATS
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.policy import logprob
 from tests.unit.cost.runs import SHAPE
+
+BF16 = POLICY_FORMATS["bf16"]
 
 
 @given(st.integers(0, 100_000), st.integers(1, 1 << 25))
@@ -24,9 +27,9 @@ def test_the_size_of_a_tile_is_the_policy_s() -> None:
 
 
 def test_sequence_parallelism_divides_everything_and_tensor_parallelism_alone_does_not() -> None:
-    whole = token_bytes(SHAPE, 1, sequence_parallel=False, itemsize=2, spec="te")
-    split = token_bytes(SHAPE, 4, sequence_parallel=True, itemsize=2, spec="te")
-    partly = token_bytes(SHAPE, 4, sequence_parallel=False, itemsize=2, spec="te")
+    whole = token_bytes(SHAPE, 1, sequence_parallel=False, form=BF16, spec="te")
+    split = token_bytes(SHAPE, 4, sequence_parallel=True, form=BF16, spec="te")
+    partly = token_bytes(SHAPE, 4, sequence_parallel=False, form=BF16, spec="te")
     assert split.whole * 4 == pytest.approx(whole.whole)
     assert split.layer_input * 4 == whole.layer_input == partly.layer_input
     assert split.whole < partly.whole < whole.whole
@@ -34,7 +37,7 @@ def test_sequence_parallelism_divides_everything_and_tensor_parallelism_alone_do
 
 
 def test_recomputing_trades_what_is_kept_for_what_comes_back() -> None:
-    token = token_bytes(SHAPE, 1, sequence_parallel=False, itemsize=2, spec="te")
+    token = token_bytes(SHAPE, 1, sequence_parallel=False, form=BF16, spec="te")
     kept = [token.kept(recompute) for recompute in ("none", "selective", "full")]
     back = [token.recomputed(recompute) for recompute in ("none", "selective", "full")]
     assert all(more > less for more, less in pairwise(kept))

@@ -26,20 +26,21 @@ def test_a_sample_multiplies_every_matrix_by_every_token(prompt: int, response: 
     tokens = prompt + response
     pairs = 2 * 2 * attention_pairs(tokens) * SHAPE.num_heads * SHAPE.head_dim * SHAPE.num_layers
     expected = 2 * tokens * MATRICES + pairs
-    assert SHAPE.num_layers * flops.layer == pytest.approx(expected, rel=1 / tokens)  # half the square against the triangle
-    assert flops.head == 2 * response * HEAD
+    assert SHAPE.num_layers * flops.layer.total == pytest.approx(expected, rel=1 / tokens)  # half the square against the triangle
+    assert flops.layer.matrices * SHAPE.num_layers == 2 * tokens * MATRICES
+    assert flops.head == (0, 2 * response * HEAD)
 
 
 def test_what_is_computed_again() -> None:
     flops = sample_flops(SHAPE, Lengths(50, 100, 1000))
-    assert flops.trained_layer("none") == 3 * flops.layer
-    assert flops.trained_layer("selective") == 3 * flops.layer + flops.feed_forward
-    assert flops.trained_layer("full") == 4 * flops.layer
-    assert flops.model(8) == 3 * (8 * flops.layer + flops.head)
+    assert flops.trained_layer("none") == flops.layer.times(3)
+    assert flops.trained_layer("selective").total == pytest.approx(3 * flops.layer.total + flops.feed_forward)
+    assert flops.trained_layer("full") == flops.layer.times(4)
+    assert flops.model(8) == 3 * (8 * flops.layer.total + flops.head.total)
 
 
 def test_decoding_a_sequence_is_a_forward_pass_in_pieces() -> None:
     tokens = 500
-    pieces = sum(decode_flops(SHAPE, position + 1) for position in range(tokens))
+    pieces = sum(decode_flops(SHAPE, position + 1).total for position in range(tokens))
     flops = sample_flops(SHAPE, Lengths(1, tokens - 1, tokens - 1))
-    assert pieces == pytest.approx(SHAPE.num_layers * flops.layer + flops.head, rel=0.01)
+    assert pieces == pytest.approx(SHAPE.num_layers * flops.layer.total + flops.head.total, rel=0.01)

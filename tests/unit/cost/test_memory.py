@@ -8,7 +8,7 @@ import pytest
 
 from megatron_r1z.cost.assumptions import DEFAULT
 from megatron_r1z.cost.cluster import GIB
-from megatron_r1z.cost.formats import FORMATS
+from megatron_r1z.cost.formats import ENGINE_FORMATS
 from megatron_r1z.cost.memory import Phase
 from megatron_r1z.cost.run_cost import MAX_BUFFER_BYTES
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
@@ -40,7 +40,7 @@ def test_refit_buffers_and_seconds_are_those_of_the_plan(parallel: dict[str, int
     buffers = next(item.nbytes for item in run.ranks[0].items if item.name == "refit buffers")
     assert buffers == max(plan.of_rank(rank).buffer_bytes for rank in range(8)) <= MAX_BUFFER_BYTES
     digests = 2 * run.engine.weights / (3000e9 * DEFAULT.memory_share)
-    assert run.time.refit == pytest.approx(run.refit.estimated_s + digests)
+    assert run.time.refit == pytest.approx(run.refit.seconds + digests)
 
 
 @pytest.mark.parametrize("policy", [(1, 1), (4, 1), (2, 2), (8, 2), (1, 8)])
@@ -56,7 +56,7 @@ def test_without_a_plan_the_buffers_are_bounded_and_the_seconds_rough(policy: tu
 def test_an_engine_that_repacks_its_weights_has_them_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = cost()
     before = plain.fullest.peak
-    monkeypatch.setitem(FORMATS, "bf16", dataclasses.replace(FORMATS["bf16"], is_staged=True))  # type: ignore[arg-type]
+    monkeypatch.setitem(ENGINE_FORMATS, "bf16", dataclasses.replace(ENGINE_FORMATS["bf16"], is_staged=True))  # type: ignore[arg-type]
     assert cost().fullest.peak - before == plain.engine.weights
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_r1z.config import OptimizerConfig, ParallelConfig
 from megatron_r1z.cost.activations import BatchSize
-from megatron_r1z.cost.formats import FORMATS
+from megatron_r1z.cost.formats import POLICY_FORMATS
 from megatron_r1z.cost.policy_memory import PolicyMemory
 from megatron_r1z.layout.families import ModelShape, hf_tensors
 from tests.unit.cost.runs import SHAPE
@@ -19,7 +19,7 @@ BATCH = BatchSize(1024, 1024, 4)
 
 
 def memory(shape: ModelShape = SHAPE, precision: str = "bf16", optimizer: OptimizerConfig | None = None, **parallel: int) -> PolicyMemory:
-    return PolicyMemory(shape, ParallelConfig(**parallel), optimizer or OptimizerConfig(), FORMATS[precision], BATCH)
+    return PolicyMemory(shape, ParallelConfig(**parallel), optimizer or OptimizerConfig(), POLICY_FORMATS[precision], BATCH)
 
 
 def replicated(shape: ModelShape) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1z.config import TrainConfig, dump_config, load_config
-from megatron_r1z.cost.plan_run import check_shape
+from megatron_r1z.cost.checks import check_shape
 from megatron_r1z.cost.run_cost import RunCost
 from megatron_r1z.cost.search import changes, enough_ranks, nearest, search
 from megatron_r1z.layout.known import find_shape

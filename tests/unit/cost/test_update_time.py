@@ -19,7 +19,7 @@ def pipeline(pp: int, vpp: int = 1, tokens: int = 512) -> RunCost:
 def test_one_rank_computes_and_does_nothing_else() -> None:
     run = cost(parallel={"num_ranks": 1})
     passes, flops = run.update_time.passes(), sample_flops(SHAPE, run.lengths)
-    expected = 64 * (SHAPE.num_layers * 3 * flops.layer + 4 * flops.head) / (1000e12 * DEFAULT.compute_share)
+    expected = 64 * (SHAPE.num_layers * 3 * flops.layer.total + 4 * flops.head.total) / (1000e12 * DEFAULT.compute_share)
     assert passes.compute == pytest.approx(expected)
     assert passes.total == passes.compute
     assert run.update_time.gradient_sum() == 0
@@ -54,8 +54,8 @@ def test_a_full_recomputation_is_one_more_forward_pass() -> None:
     logprobs = cost(parallel=TP2).update_time.logprobs()
     assert full.tensor_parallel - none.tensor_parallel == pytest.approx(logprobs.tensor_parallel)
     flops = sample_flops(SHAPE, cost().lengths)
-    layers = SHAPE.num_layers * flops.layer
-    assert (full.compute - none.compute) / logprobs.compute == pytest.approx(layers / (layers + flops.head))
+    layers = SHAPE.num_layers * flops.layer.total
+    assert (full.compute - none.compute) / logprobs.compute == pytest.approx(layers / (layers + flops.head.total))
 
 
 def test_the_gradient_sum_crosses_nodes_where_a_node_is_full() -> None:
