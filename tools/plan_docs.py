@@ -40,8 +40,9 @@ was run.** [plan.md](plan.md) has the model and how far off it is. Assumed are p
 {RESPONSE_TOKENS} on average.
 
 A file names a `base` and says what differs ([configuration.md](configuration.md)): the paper's runs build on `base/recipe.yaml`, ours on
-that by way of `base/large.yaml` and a layout such as `base/70b-h100.yaml`. FP8, and engines on ranks of their own, are not in; so there is
-no configuration for them.
+that by way of `base/large.yaml` and a layout such as `base/70b-h100.yaml`, those in FP8 on the same run in bf16. Qwen2.5-72B has none in
+FP8: a tensor-parallel rank's share of its feed-forward size, 29568 / 8, is no multiple of 128. Engines on ranks of their own are not in the
+code, so there is no configuration for them.
 """
 
 

@@ -12,14 +12,18 @@ import pytest
 import yaml
 
 from megatron_r1z.config import TrainConfig, load_config
-from megatron_r1z.cost.plan_run import check_shape
+from megatron_r1z.cost.checks import check_shape
+from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.known import find_shape
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 PAPER = ("oat-zero-7b", "oat-zero-1.5b", "oat-zero-3b-llama", "grpo-vs-drgrpo-1.5b", "template-x-questions-1.5b")
 MODELS = ("qwen2.5-7b", "qwen2.5-32b", "qwen2.5-72b", "qwen3-8b", "qwen3-32b", "llama3.1-8b", "llama3.1-70b")
-OURS = tuple(f"{model}-{gpu}" for model in MODELS for gpu in ("h100", "h200", "b200"))
+GPUS = ("h100", "h200", "b200")
+BF16 = tuple(f"{model}-{gpu}" for model in MODELS for gpu in GPUS)
+FP8 = tuple(f"{model}-{gpu}-fp8" for model in MODELS for gpu in GPUS if model != "qwen2.5-72b")  # 29568 / 8 is no multiple of 128
+OURS = (*BF16, *FP8)
 
 
 def load_tool() -> ModuleType:
@@ -48,7 +52,7 @@ def test_these_are_all_configurations_for_gpus(tool: ModuleType) -> None:
 @pytest.mark.parametrize("name", [*PAPER, *OURS])
 def test_a_configuration_fits_the_cluster_that_its_header_names(name: str, tool: ModuleType) -> None:
     cost = tool.planned(CONFIGS / f"{name}.yaml").cost
-    check_shape(cost.config, find_shape(cost.config.model.path).shape)
+    check_shape(cost.config, find_shape(cost.config.model.path).shape, cost.cluster)
     assert cost.shortfall() is None
     assert cost.cluster is not None
     assert cost.config.parallel.num_ranks == cost.cluster.num_gpus
@@ -77,9 +81,25 @@ def test_no_two_runs_share_a_folder() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_file_of_ours_says_only_which_model_and_where(name: str) -> None:
+def test_a_file_of_ours_says_only_what_differs(name: str) -> None:
     tree = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    assert {section: list(fields) for section, fields in tree.items() if section != "base"} == {"model": ["path"], "logging": ["folder"]}
+    says = {"model": ["path"]} if name in BF16 else {"precision": ["policy", "engine"]}
+    if name.endswith("-h100-fp8") and "70b" not in name:
+        says |= {"rollout": ["kv_cache_bytes"]}
+    assert {section: list(fields) for section, fields in tree.items() if section != "base"} == says | {"logging": ["folder"]}
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_is_smaller_and_faster_than_bf16(name: str, tool: ModuleType) -> None:
+    fp8, bf16 = (tool.planned(CONFIGS / f"{item}.yaml").cost for item in (name, name.removesuffix("-fp8")))
+    assert fp8.time.total < bf16.time.total
+    assert fp8.engine.weights < 0.65 * bf16.engine.weights
+
+
+def test_the_72b_model_cannot_be_computed_in_blocks() -> None:
+    config = load_config(TrainConfig, CONFIGS / "qwen2.5-72b-h100.yaml", ["precision.policy=fp8"])
+    with pytest.raises(ConfigError, match="linear_fc1 has 3696 rows"):
+        check_shape(config, find_shape(config.model.path).shape)
 
 
 @pytest.mark.parametrize("name", [*PAPER, *OURS])
@@ -99,3 +119,15 @@ def test_the_recipe_is_the_paper_s(name: str) -> None:
 def test_the_page_of_configurations_is_up_to_date(tool: ModuleType) -> None:
     page = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
     assert page == tool.configs_page(), "run: python tools/plan_docs.py configs > docs/configs.md"
+
+
+def test_the_table_of_published_runs_is_up_to_date(tool: ModuleType) -> None:
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- published: python tools/plan_docs.py published -->")[2].partition("<!-- /published -->")[0]
+    assert shown.strip() == tool.published_table().strip(), "put what `python tools/plan_docs.py published` prints there"
+
+
+def test_the_model_is_within_a_factor_of_two_of_every_published_run(tool: ModuleType) -> None:
+    for row in tool.published_rows():
+        seconds = row.cost.time.update if row.update_only else row.cost.time.total
+        assert 0.5 < seconds / row.published_s < 2
