@@ -31,7 +31,7 @@ from megatron_r1z.config import (
 from megatron_r1z.cost.plan_run import PROMPT_TOKENS, RESPONSE_SHARE, plan_run
 from megatron_r1z.cost.report import refusal, render, render_search
 from megatron_r1z.cost.search import enough_ranks, nearest, search
-from megatron_r1z.errors import ConfigError, R1ZError, UsageError
+from megatron_r1z.errors import ConfigError, MissingExtraError, R1ZError, UsageError
 from megatron_r1z.folders import Kind
 from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, make_plan_report, render_plan
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
@@ -73,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"megatron-r1z: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except ModuleNotFoundError as error:  # a base installation, asked for more than planning
+        module = error.name or ""
+        if options.debug or module.split(".")[0] == "megatron_r1z":
+            raise
+        print(f"megatron-r1z: {MissingExtraError.of(module)}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

