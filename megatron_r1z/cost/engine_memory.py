@@ -10,8 +10,9 @@ from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat, ParameterCounts,
 from megatron_r1z.layout.blocks import engine_layout
 from megatron_r1z.layout.families import ModelShape
 
-BATCH_TOKENS = 16384
-"""Tokens that vLLM computes in one step at most, on a GPU of 70 GiB or more: 8192 on a smaller one (`EngineArgs`, usage `LLM_CLASS`)."""
+BATCH_TOKENS, SMALL_BATCH_TOKENS = 16384, 8192
+"""Tokens that vLLM computes in one step at most, on a GPU of 70 GiB or more and on a smaller one (`EngineArgs`, usage `LLM_CLASS`)."""
+SMALL_GIB = 70.0
 SAMPLER_COPIES = 4
 """Float32 matrices [sequences, vocabulary] at once in vLLM's sampler: logits, log-probs, probabilities, random numbers."""
 
@@ -29,6 +30,8 @@ class EngineMemory:
     form: NumberFormat
     max_model_tokens: int
     """Of prompt and response."""
+    batch_tokens: int = BATCH_TOKENS
+    """Computed in one step at most."""
 
     @property
     def tp(self) -> int:
@@ -73,7 +76,7 @@ class EngineMemory:
         """
         per_token = self.form.itemsize * (4 * self.shape.hidden_size + 3 * self.shape.ffn_size // self.tp)
         sampler = SAMPLER_COPIES * FP32_BYTES * self.rollout.max_concurrent_sequences * self.shape.vocab_size
-        return max(BATCH_TOKENS * per_token, sampler)
+        return max(self.batch_tokens * per_token, sampler)
 
 
 @lru_cache(maxsize=64)

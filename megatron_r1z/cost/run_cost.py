@@ -11,7 +11,7 @@ from megatron_r1z.cost.activations import BatchSize
 from megatron_r1z.cost.assumptions import DEFAULT, Assumptions
 from megatron_r1z.cost.cluster import GIB, Cluster
 from megatron_r1z.cost.compute import sample_flops
-from megatron_r1z.cost.engine_memory import EngineMemory
+from megatron_r1z.cost.engine_memory import BATCH_TOKENS, SMALL_BATCH_TOKENS, SMALL_GIB, EngineMemory
 from megatron_r1z.cost.formats import FP32_BYTES, engine_format, fp8_share, policy_format
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.cost.memory import RankMemory, rank_memory
@@ -110,7 +110,9 @@ class RunCost:
     def engine(self) -> EngineMemory:
         """Memory of the engine."""
         form = engine_format(self.config.precision, self.fp8_share)
-        return EngineMemory(self.shape, self.config.rollout, form, self.config.max_model_tokens)
+        is_small = self.cluster is not None and self.cluster.gpu.memory_gib < SMALL_GIB
+        tokens = SMALL_BATCH_TOKENS if is_small else BATCH_TOKENS
+        return EngineMemory(self.shape, self.config.rollout, form, self.config.max_model_tokens, tokens)
 
     @cached_property
     def fp8_share(self) -> float:

@@ -68,6 +68,13 @@ def test_the_cache_of_a_token_and_how_many_sequences_that_is() -> None:
     assert copied.engine.cache_bytes_per_token == 2 * 8 * 1 * 32 * 2  # eight ranks, four heads: each has one
 
 
+def test_an_engine_on_a_small_gpu_computes_fewer_tokens_at_once() -> None:
+    shape = find_shape("Llama-3.1-8B").shape
+    large, small = cost(shape), cost(shape, on=cluster(memory_gib=40.0))
+    assert (large.engine.batch_tokens, small.engine.batch_tokens) == (16384, 8192)
+    assert small.engine.work < large.engine.work
+
+
 def test_why_it_does_not_fit() -> None:
     assert cost().shortfall() is None
     small = cost(on=cluster(memory_gib=4.5)).shortfall()
