@@ -33,12 +33,10 @@ from megatron_r1z.layout.fp8 import by_format, fp8_matrices, left_out, modules_t
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.metrics import Console, RunLog, SilentLog
-from megatron_r1z.objective import TokenLosses, clipped_losses
-from megatron_r1z.packing import MicroBatch
+from megatron_r1z.objective import make_loss
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, Settings
-from megatron_r1z.policy.step import Loss
 from megatron_r1z.pretrain import Pretraining, PretrainState, next_token_loss
 from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
@@ -167,7 +165,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     train_sets = load_prompts(config.data, config.data.train, tokenizer)
     evaluation = load_prompts(config.data, config.evaluation.sets, tokenizer)
     policy = make_policy(config, weights)
-    policy.start_training(_make_loss(config), config.optimizer)
+    policy.start_training(make_loss(config.algorithm), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
     state = RunState(0, 0, prompts.to_state())
@@ -265,15 +263,6 @@ def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | Eva
 def _say_precision(log: Console, config: TrainConfig | PretrainConfig) -> None:
     if config.precision.policy == "fp8":
         log.say(f"policy: {describe(config.precision.fp8, read_facts())}")
-
-
-def _make_loss(config: TrainConfig) -> Loss:
-    low, high = config.algorithm.clip_low, config.algorithm.clip_high
-
-    def loss(logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor, batch: MicroBatch) -> TokenLosses:
-        return clipped_losses(logprobs_R, old_logprobs_R, batch.advantages_R, batch.weights_R, low, high)
-
-    return loss
 
 
 @contextmanager

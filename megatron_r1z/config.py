@@ -27,7 +27,7 @@ RefitWay = Literal["planned", "gathered"]
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 """Bytes of one element by number format."""
 RewardForm = Literal["auto", "boxed", "answer_tag", "answer_tag_lenient", "think_then_boxed"]
-Algorithm = Literal["drgrpo", "grpo", "rloo", "token_mean"]
+Algorithm = Literal["drgrpo", "grpo", "grpo_remove_std_bias", "grpo_remove_len_bias", "rloo", "token_mean", "reinforce"]
 Recompute = Literal["none", "selective", "full"]
 NumberFormat = Literal["fp32", "bf16"]
 Fp8Recipe = Literal["blockwise", "mxfp8", "tensorwise", "delayed"]
@@ -364,12 +364,25 @@ class AlgorithmConfig:
     clip_low: float = 0.2
     """The ratio is clipped below 1 minus this."""
     clip_high: float = 0.2
-    """The ratio is clipped above 1 plus this."""
+    """The ratio is clipped above 1 plus this; DAPO's clip-higher: 0.28."""
+    dual_clip: float | None = None
+    """Where the advantage is negative the ratio counts as at most this (usually 3); off by default."""
+    tis_cap: float | None = None
+    """Truncated importance sampling: the loss of a token is multiplied by policy over engine probability, at most this (usually 2); off by
+    default."""
+    mask_truncated: bool = False
+    """Responses that ended at the token limit have no gradient. They stay in the baseline of their group and in the denominator."""
 
     def __post_init__(self) -> None:
         _positive(self, "iterations", "train_batch_size")
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
             raise ConfigError(f"algorithm: clip_low {self.clip_low} must be in (0, 1) and clip_high {self.clip_high} above 0.")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ConfigError(f"algorithm.dual_clip is {self.dual_clip}; it bounds the ratio from above and must be greater than 1.")
+        if self.dual_clip is not None and self.name == "reinforce":
+            raise ConfigError("algorithm: reinforce has no ratio, so there is nothing for dual_clip to clip; leave it out.")
+        if self.tis_cap is not None and not self.tis_cap > 0:
+            raise ConfigError(f"algorithm.tis_cap is {self.tis_cap}; it must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ from megatron_r1z.rollouts import save_rollouts
 from megatron_r1z.scores import score
 from megatron_r1z.skips import Skips
 from megatron_r1z.supervisor import StopFlag
-from megatron_r1z.types import GradedGroup, RefitReceipt, Sample, UpdateStats
+from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, Sample, UpdateStats
 
 CERTIFICATE_GROUPS = 32
 """Groups whose log-probs are compared between engine and policy before the first update."""
@@ -138,7 +138,7 @@ def train(run: Run) -> bool:
             graded = sorted(ranks.gather(run.grader.grade(groups)), key=lambda item: item.group.group_id)
         if run.stopped():
             break
-        samples = make_samples(graded, run.objective, run.config.rollout.temperature)
+        samples = make_samples(graded, run.objective, run.config.rollout.temperature, mask_truncated=run.config.algorithm.mask_truncated)
         batches, step_of = make_batches(samples, run, iteration)
         if not certified:
             _certify(run, samples)
@@ -172,19 +172,23 @@ def _hand_over(run: Run, policy_version: int) -> RefitReceipt:
     return receipt
 
 
-def make_samples(graded: Sequence[GradedGroup], objective: Objective, temperature: float) -> list[Sample]:
-    """One row per response, in group order, with its advantage; `temperature` is what they were sampled at."""
+def make_samples(graded: Sequence[GradedGroup], objective: Objective, temperature: float, *, mask_truncated: bool = False) -> list[Sample]:
+    """One row per response, in group order, with its advantage; `temperature` is what they were sampled at.
+
+    With `mask_truncated` a response that ended at the token limit gets advantage 0, after its reward went into those of its group.
+    """
     samples = []
     for item in graded:
         prompt = item.group.prompt
         advantages = objective.advantages([verdict.reward for verdict in item.verdicts])
         for index, (response, advantage) in enumerate(zip(item.group.responses, advantages, strict=True)):
+            is_masked = mask_truncated and response.finish_reason is FinishReason.LENGTH
             samples.append(
                 Sample(
                     sample_id=f"{item.group.group_id}/{index}",
                     token_ids=prompt.token_ids + response.token_ids,
                     prompt_length=len(prompt.token_ids),
-                    advantage=advantage,
+                    advantage=0.0 if is_masked else advantage,
                     temperature=temperature,
                     engine_logprobs=response.logprobs,
                     policy_version=response.policy_version,

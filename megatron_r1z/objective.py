@@ -1,23 +1,29 @@
-"""Dr. GRPO and its relatives: advantages, token weights, denominator and the clipped loss. Imports torch only.
+"""Dr. GRPO and its relatives: advantages, token weights, denominator and the loss of a token. Imports torch only.
 
 One optimizer step over N samples with length constant C (the generation budget) minimises, by eq. 3 of arXiv 2503.20783 as
 implemented in its listing 1,
 
     L = 1/D * sum_i w_i * sum_t max(-A_i * rho_it, -A_i * clip(rho_it, 1 - low, 1 + high)),   rho_it = exp(logp_it - old_logp_it)
 
-and the algorithms differ in three entries of a table: the advantage A_i, the token weight w_i and the denominator D. All three are
-known before the first forward pass and are the same on every rank, so no division by anything measured in a micro-batch exists. An
-advantage may also be one per token, A_it, as PPO's are.
+and the algorithms differ in four entries of a table: the advantage A_i, the token weight w_i, the denominator D, and whether the loss of a
+token is the clipped one above. The first three are known before the first forward pass and are the same on every rank, so no division by
+anything measured in a micro-batch exists. An advantage may also be one per token, A_it, as PPO's are. What can be switched on beside the
+row (dual clip, truncated importance sampling) is per token too: it changes the summands and never D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_r1z.config import AlgorithmConfig
+    from megatron_r1z.packing import MicroBatch
 
 STD_EPSILON = 1e-8
 """Added to the group's standard deviation under GRPO (OAT, `oat/algorithms/ppo.py`)."""
@@ -39,6 +45,8 @@ class Objective(Aggregation):
 
     advantages: Callable[[Sequence[float]], list[float]]
     """Rewards of one group to advantages."""
+    clips: bool = True
+    """False: the loss of a token is -A_i * logp_it, which has no ratio."""
 
 
 def centred(rewards_G: Sequence[float]) -> list[float]:
@@ -82,10 +90,15 @@ def _tokens(lengths_N: Sequence[int], _length_constant: int) -> int:
 OBJECTIVES: dict[str, Objective] = {
     "drgrpo": Objective(_one, _samples_times_constant, centred),
     "grpo": Objective(_inverse, _samples, standardised),
+    "grpo_remove_std_bias": Objective(_inverse, _samples, centred),
+    "grpo_remove_len_bias": Objective(_one, _samples_times_constant, standardised),
     "rloo": Objective(_one, _samples_times_constant, leave_one_out),
     "token_mean": Objective(_one, _tokens, centred),
+    "reinforce": Objective(_one, _samples_times_constant, centred, clips=False),
 }
-"""`drgrpo`: arXiv 2503.20783; `grpo`: 2402.03300; `rloo`: 2402.14740; `token_mean`: the aggregation of DAPO, 2503.14476."""
+"""`drgrpo`: arXiv 2503.20783; `grpo`: 2402.03300, and the same with one of the two changes that make it Dr. GRPO (flags `remove_std_bias`
+and `remove_len_bias` of OAT); `rloo`: 2402.14740; `token_mean`: the aggregation of DAPO, 2503.14476; `reinforce`: `reinforce_update` of
+OAT's `oat/algorithms/ppo.py` with its default critic, which is Dr. GRPO's advantage and constant."""
 
 AGGREGATIONS: dict[str, Aggregation] = {**OBJECTIVES, "ppo": Aggregation(_inverse, _samples)}
 """`ppo`: the mean over the tokens of a response, then over responses (OAT, `oat/algorithms/ppo.py`). Its advantages come per token from a
@@ -97,27 +110,85 @@ class TokenLosses:
     """Terms of the loss per response token; R tokens."""
 
     losses_R: Tensor
-    """w_i * max(...), not divided by D; carries the gradient."""
+    """w_i times the loss of the token, not divided by D; carries the gradient."""
     ratio_R: Tensor
     """rho, detached."""
     clipped_R: Tensor
-    """True where the clipped branch is the larger one, so that the token has no gradient."""
+    """True where a clipped branch was taken, so that the token has no gradient."""
+    importance_R: Tensor
+    """Factor of truncated importance sampling, which is in the losses; 1 without it."""
+    truncated_R: Tensor
+    """True where that factor was cut at its cap."""
+
+
+def make_loss(config: AlgorithmConfig) -> Callable[[Tensor, Tensor, MicroBatch], TokenLosses]:
+    """The loss that `algorithm` of a configuration asks for: current log-probs, old log-probs and their micro-batch to its terms."""
+    clips = OBJECTIVES[config.name].clips
+
+    def loss(logprobs_R: Tensor, old_logprobs_R: Tensor, batch: MicroBatch) -> TokenLosses:
+        given = (logprobs_R, old_logprobs_R, batch.advantages_R, batch.weights_R)
+        terms = clipped_losses(*given, config.clip_low, config.clip_high, config.dual_clip) if clips else reinforce_losses(*given)
+        return terms if config.tis_cap is None else importance_sampled(terms, old_logprobs_R, batch.engine_logprobs_R, config.tis_cap)
+
+    return loss
 
 
 def clipped_losses(
-    logprobs_R: Tensor, old_logprobs_R: Tensor, advantages_R: Tensor, weights_R: Tensor, clip_low: float, clip_high: float
+    logprobs_R: Tensor,
+    old_logprobs_R: Tensor,
+    advantages_R: Tensor,
+    weights_R: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> TokenLosses:
-    """The clipped surrogate per token, in float32. Advantages and weights are those of the token's sample."""
+    """The clipped surrogate per token, in float32. Advantages and weights are those of the token's sample.
+
+    With a dual clip c the loss of a token with a negative advantage is at most -A * c (arXiv 1912.09729, eq. 5): the ratio of such a token
+    has no upper bound otherwise.
+    """
     ratio = torch.exp(logprobs_R.float() - old_logprobs_R.float())
     unclipped = -advantages_R * ratio
-    clipped = -advantages_R * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    losses = weights_R * torch.maximum(unclipped, clipped)
-    return TokenLosses(losses, ratio.detach(), (clipped > unclipped).detach())
+    range_clipped = -advantages_R * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    losses = torch.maximum(unclipped, range_clipped)
+    is_clipped = range_clipped > unclipped
+    if dual_clip is not None:
+        is_above = (advantages_R < 0) & (ratio > dual_clip)
+        losses = torch.where(is_above, -advantages_R * dual_clip, losses)
+        is_clipped = is_clipped | is_above
+    return _terms(weights_R * losses, ratio, is_clipped)
+
+
+def reinforce_losses(logprobs_R: Tensor, old_logprobs_R: Tensor, advantages_R: Tensor, weights_R: Tensor) -> TokenLosses:
+    """Minus advantage times log-prob per token, in float32: the plain policy gradient, as if the current policy had sampled.
+
+    The ratio is told and in no loss.
+    """
+    logprobs = logprobs_R.float()
+    ratio = torch.exp(logprobs - old_logprobs_R.float())
+    return _terms(-weights_R * advantages_R * logprobs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def importance_sampled(terms: TokenLosses, old_logprobs_R: Tensor, engine_logprobs_R: Tensor, cap: float) -> TokenLosses:
+    """The terms with each loss times min(exp(old - engine log-prob), cap), a factor without gradient.
+
+    Truncated importance sampling: the engine's tokens stand for samples of the old policy, whose log-probs differ by the mismatch (OAT,
+    `tis_c` in `oat/algorithms/ppo.py`).
+    """
+    importance = torch.exp(old_logprobs_R.detach().float() - engine_logprobs_R.float())
+    factor = importance.clamp(max=cap)
+    return replace(terms, losses_R=factor * terms.losses_R, importance_R=factor, truncated_R=importance > cap)
 
 
 def likelihood_losses(logprobs_R: Tensor, weights_R: Tensor) -> TokenLosses:
     """Next-token loss in the same form: minus the weighted log-prob of each token, ratio 1, nothing clipped."""
-    return TokenLosses(-weights_R * logprobs_R, torch.ones_like(logprobs_R), torch.zeros_like(logprobs_R, dtype=torch.bool))
+    return _terms(-weights_R * logprobs_R, torch.ones_like(logprobs_R), torch.zeros_like(logprobs_R, dtype=torch.bool))
+
+
+def _terms(losses_R: Tensor, ratio_R: Tensor, clipped_R: Tensor) -> TokenLosses:
+    """Without importance sampling."""
+    ratio = ratio_R.detach()
+    return TokenLosses(losses_R, ratio, clipped_R, torch.ones_like(ratio), torch.zeros_like(clipped_R))
 
 
 def kl_terms(logprobs_R: Tensor, engine_logprobs_R: Tensor) -> Tensor:

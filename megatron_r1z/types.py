@@ -159,6 +159,12 @@ class UpdateStats:
     """The part of it with a positive advantage: the ratio is above 1 + clip_high."""
     clipped_low: float
     """The part of it with a negative advantage: the ratio is below 1 - clip_low."""
+    dual_clipped: float
+    """The rest of it: a negative advantage and a ratio above dual_clip."""
+    tis_weight: float
+    """Mean factor of truncated importance sampling; 1 where it is off."""
+    tis_truncated: float
+    """Share of response tokens whose factor was cut at the cap."""
     ratio_mean: float
     ratio_max: float
     entropy: float

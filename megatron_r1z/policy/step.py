@@ -80,6 +80,11 @@ class Sums:
     """Tokens with a positive advantage whose ratio is above the range."""
     clipped_low: float
     """Tokens with a negative advantage whose ratio is below the range."""
+    dual_clipped: float
+    """Tokens with a negative advantage whose ratio is above the dual clip."""
+    importance: float
+    truncated: float
+    """Tokens whose importance factor was cut at its cap."""
     entropy: float
     sampler_kl: float
     mismatch: float
@@ -128,7 +133,10 @@ def _tally(batch: MicroBatch, terms: TokenLosses, entropy_R: Tensor, logprobs_R:
         "ratio": terms.ratio_R,
         "clipped": terms.clipped_R,
         "clipped_high": terms.clipped_R & (batch.advantages_R > 0),
-        "clipped_low": terms.clipped_R & (batch.advantages_R < 0),
+        "clipped_low": terms.clipped_R & (batch.advantages_R < 0) & (terms.ratio_R < 1),
+        "dual_clipped": terms.clipped_R & (batch.advantages_R < 0) & (terms.ratio_R > 1),
+        "importance": terms.importance_R,
+        "truncated": terms.truncated_R,
         "entropy": entropy_R,
         "sampler_kl": kl_terms(logprobs_R, batch.engine_logprobs_R),
         "mismatch": mismatch,

@@ -21,11 +21,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_r1z.config import Fp8Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.config import AlgorithmConfig, Fp8Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.blocks import Layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.objective import AGGREGATIONS, clipped_losses
+from megatron_r1z.objective import AGGREGATIONS, make_loss
 from megatron_r1z.packing import MicroBatch, pack
 from megatron_r1z.policy import logprob
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
@@ -84,7 +84,7 @@ def take_steps(task: dict, topology: Topology) -> dict:
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
     policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded)
     copy_in(layout, policy.parameters(), AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).state_dict())
-    policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2), optimizer)
+    policy.start_training(make_loss(AlgorithmConfig(iterations=1, **task.get("switches", {}))), optimizer)
 
     aggregation = AGGREGATIONS[task["algorithm"]]
     where = topology.coordinates(dist.get_rank())

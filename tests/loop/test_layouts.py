@@ -131,6 +131,15 @@ CASES = [
     *(Case("qwen2", layout, "packed-small", algorithm) for layout in ("tp2", "pp2-dp2", "cp2") for algorithm in ("grpo", "token_mean")),
     *(Case("qwen2", layout, batches, "ppo") for layout in ("tp2", "pp2-dp2", "cp2") for batches in ("packed-small", "padded")),
 ]
+SWITCHES: dict[str, dict[str, Any]] = {
+    "reinforce": {"name": "reinforce"},
+    "dual_clip": {"dual_clip": 1.3},
+    "tis": {"tis_cap": 1.2},
+    "reinforce_tis": {"name": "reinforce", "tis_cap": 1.2},
+}
+"""What `algorithm` of a configuration says, where it is more than the default. The bounds are so low that they act on this batch."""
+SWITCHED = [Case("qwen2", layout, "packed-small", algorithm) for layout in ("tp2", "pp2-dp2", "cp2") for algorithm in SWITCHES]
+"""Not on the page: they differ from their neighbours by the loss of a token alone."""
 BF16 = Case("qwen2", "tp2-pp2", "packed-small", precision="bf16")
 
 
@@ -229,6 +238,7 @@ AGGREGATIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "grpo": mean_of_means,
     "token_mean": mean_over_tokens,
     "ppo": mean_of_means,
+    **dict.fromkeys(SWITCHES, mean_over_budget),
 }
 
 
@@ -237,12 +247,17 @@ def advantages_of(sample: Sample) -> Tensor:
     return torch.tensor(sample.advantage, dtype=torch.float64).expand(len(sample.token_ids) - sample.prompt_length)
 
 
-def sample_loss(logprobs: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+def sample_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, engine: Tensor, algorithm: str) -> Tensor:
     ratio = torch.exp(logprobs - old)
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+    if algorithm == "dual_clip":
+        loss = torch.where(advantage < 0, torch.minimum(loss, -1.3 * advantage), loss)
+    if algorithm.startswith("reinforce"):
+        loss = -advantage * logprobs
+    return loss * torch.exp(old - engine).clamp(max=1.2) if algorithm.endswith("tis") else loss
 
 
-def figures(terms: list[tuple[Tensor, Tensor, Tensor]], engine: list[Tensor], entropies: list[Tensor]) -> dict[str, float]:
+def figures(terms: list[tuple[Tensor, Tensor, Tensor]], engine: list[Tensor], entropies: list[Tensor], algorithm: str) -> dict[str, float]:
     """Over the tokens of samples with an advantage, as one would write them down."""
     kept = [index for index, (_, _, advantage) in enumerate(terms) if advantage.any()]
     new = torch.cat([terms[index][0].detach() for index in kept])
@@ -250,11 +265,17 @@ def figures(terms: list[tuple[Tensor, Tensor, Tensor]], engine: list[Tensor], en
     advantage = torch.cat([terms[index][2] for index in kept])
     sampled = torch.cat([engine[index] for index in kept])
     ratio, mismatch = torch.exp(new - old), (sampled - old).abs()
-    high, low = (advantage > 0) & (ratio > 1 + CLIP), (advantage < 0) & (ratio < 1 - CLIP)
+    clips = not algorithm.startswith("reinforce")
+    high, low = clips & (advantage > 0) & (ratio > 1 + CLIP), clips & (advantage < 0) & (ratio < 1 - CLIP)
+    dual = (algorithm == "dual_clip") & (advantage < 0) & (ratio > 1.3)
+    importance = torch.exp(old - sampled) if algorithm.endswith("tis") else torch.ones_like(old)
     return {
-        "clip_fraction": (high | low).double().mean().item(),
+        "clip_fraction": (high | low | dual).double().mean().item(),
         "clipped_high": high.double().mean().item(),
         "clipped_low": low.double().mean().item(),
+        "dual_clipped": dual.double().mean().item(),
+        "tis_weight": importance.clamp(max=1.2).mean().item(),
+        "tis_truncated": (importance > 1.2).double().mean().item(),
         "ratio_mean": ratio.mean().item(),
         "ratio_max": ratio.max().item(),
         "entropy": torch.cat([entropies[index] for index in kept]).mean().item(),
@@ -307,11 +328,11 @@ def take_reference_steps(
         with KeepFloat64():
             news, entropies = zip(*(response_logprobs(model, sample) for sample in samples), strict=True)
         terms = [(new, item, advantages_of(sample)) for new, item, sample in zip(news, old, samples, strict=True)]
-        loss = AGGREGATIONS[algorithm]([sample_loss(*term) for term in terms])
+        loss = AGGREGATIONS[algorithm]([sample_loss(*term, sampled, algorithm) for term, sampled in zip(terms, engine, strict=True)])
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         losses.append(loss.item())
-        found.append(figures(terms, engine, list(entropies)))
+        found.append(figures(terms, engine, list(entropies), algorithm))
         optimizer.step()
     after = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return Reference(logprobs, losses, norms, found, before, after)
@@ -330,7 +351,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def references(models: dict[str, Path]) -> dict[tuple[str, str], Reference]:
-    wanted = {(case.family, case.algorithm) for case in CASES}
+    wanted = {(case.family, case.algorithm) for case in [*CASES, *SWITCHED]}
     return {
         (family, algorithm): take_reference_steps(models[family], draw_samples(algorithm), draw_shifts(), algorithm)
         for family, algorithm in wanted
@@ -360,7 +381,8 @@ def result_of(
             "shift_V": draw_shifts(),
             "engine_shift_V": draw_engine_shifts(),
             "measures_memory": case.layout in (*RECOMPUTING, *RECOMPUTING.values()) and case.num_ranks == 1,
-            "algorithm": case.algorithm,
+            "algorithm": SWITCHES.get(case.algorithm, {}).get("name", "drgrpo" if case.algorithm in SWITCHES else case.algorithm),
+            "switches": SWITCHES.get(case.algorithm, {}),
             "precision": case.precision,
             "parallel": case.parallel,
             "tile_bytes": TILES[case.batches][1] if case.batches in TILES else logprob.TILE_BYTES["cpu"],
@@ -375,7 +397,7 @@ def result_of(
     def result(case: Case) -> dict[str, Any]:
         if case.num_ranks not in found:
             folder = tmp_path_factory.mktemp(f"world_{case.num_ranks}")
-            torch.save([task(item) for item in [*CASES, BF16] if item.num_ranks == case.num_ranks], folder / "tasks.pt")
+            torch.save([task(item) for item in [*CASES, *SWITCHED, BF16] if item.num_ranks == case.num_ranks], folder / "tasks.pt")
             torchrun(case.num_ranks, Path(__file__).with_name("layout_worker.py"), folder)
             found[case.num_ranks] = torch.load(folder / "results.pt", weights_only=False)
         return found[case.num_ranks][case.name]
@@ -417,9 +439,12 @@ def differences(result: dict[str, Any], reference: Reference) -> dict[str, float
 def test_the_steps_of_the_reference_are_worth_comparing(references: dict[tuple[str, str], Reference]) -> None:
     for (_, algorithm), reference in references.items():
         for step in reference.figures:
-            assert 0.1 < step["clip_fraction"] < 0.9
-            assert step["clipped_high"] > 0.02
-            assert step["clipped_low"] > 0.02
+            if not algorithm.startswith("reinforce"):
+                assert 0.1 < step["clip_fraction"] < 0.9
+                assert step["clipped_high"] > 0.02
+                assert step["clipped_low"] > 0.02
+            assert step["dual_clipped"] > 0.02 or algorithm != "dual_clip"
+            assert 0.1 < step["tis_truncated"] < 0.9 or not algorithm.endswith("tis")
             assert step["sampler_kl"] > 0.005
         assert all(abs(loss) > 0.01 for loss in reference.losses)
         if algorithm == "drgrpo":
@@ -428,7 +453,7 @@ def test_the_steps_of_the_reference_are_worth_comparing(references: dict[tuple[s
         assert min(changes) > 1e-4  # and so is every tensor
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *SWITCHED], ids=lambda case: case.name)
 def test_every_layout_takes_the_reference_steps(
     case: Case,
     result_of: Callable[[Case], dict[str, Any]],
@@ -442,7 +467,7 @@ def test_every_layout_takes_the_reference_steps(
     assert not any(step["skipped"] or step["non_finite"] for step in result["steps"])
     for step, expected in zip(result["steps"], reference.figures, strict=True):
         assert {name: step[name] for name in expected} == pytest.approx(expected, rel=3e-5)
-        for name in ("clip_fraction", "clipped_high", "clipped_low"):
+        for name in ("clip_fraction", "clipped_high", "clipped_low", "dual_clipped", "tis_truncated"):
             assert step[name] == pytest.approx(expected[name], abs=1e-12)
     assert all(found[name] < bound for name, bound in BOUNDS.items()), found
     assert found["updates"] < 5e-4

@@ -236,7 +236,11 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
         (["checkpoint.resume=1"], "checkpoint.resume must be of type bool, not 1."),
         (["data.train={}"], "data.train must be a list, not {}."),
         (["optimizer.betas=[0.9]"], "optimizer.betas needs 2 entries, not 1."),
-        (["algorithm.name=ppo"], "algorithm.name is 'ppo'; it must be one of drgrpo, grpo, rloo, token_mean."),
+        (
+            ["algorithm.name=ppo"],
+            "algorithm.name is 'ppo'; it must be one of drgrpo, grpo, grpo_remove_std_bias, grpo_remove_len_bias, rloo, token_mean, "
+            "reinforce.",
+        ),
         (["precision.policy=fp16"], "precision.policy is 'fp16'; it must be one of fp32, bf16, fp8."),
         (["precision.fp8.recipe=block"], "precision.fp8.recipe is 'block'; it must be one of blockwise, mxfp8, tensorwise, delayed."),
         (
@@ -339,6 +343,15 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
         (["algorithm.iterations=0"], "algorithm.iterations is 0; it must be above 0."),
         (["algorithm.clip_low=1"], "algorithm: clip_low 1.0 must be in (0, 1) and clip_high 0.2 above 0."),
         (["algorithm.clip_high=0"], "algorithm: clip_low 0.2 must be in (0, 1) and clip_high 0.0 above 0."),
+        (
+            ["algorithm.dual_clip=1"],
+            "algorithm.dual_clip is 1.0; it bounds the ratio from above and must be greater than 1.",
+        ),
+        (
+            ["algorithm.name=reinforce", "algorithm.dual_clip=3"],
+            "algorithm: reinforce has no ratio, so there is nothing for dual_clip to clip; leave it out.",
+        ),
+        (["algorithm.tis_cap=0"], "algorithm.tis_cap is 0.0; it must be above 0."),
         (["optimizer.lr=0"], "optimizer.lr is 0.0; it must be above 0."),
         (["optimizer.schedule=cosine"], "optimizer: schedule cosine needs decay_steps."),
         (["checkpoint.every=0"], "checkpoint.every is 0; it must be above 0."),

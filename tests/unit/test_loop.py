@@ -61,14 +61,14 @@ def make_run(algorithm: str = "drgrpo", prompts: int = 4, samples: int = 3, batc
     )
 
 
-def graded(group_id: int, rewards: list[float]) -> GradedGroup:
-    """Responses of different lengths whose tokens tell group and place."""
+def graded(group_id: int, rewards: list[float], cut: frozenset[int] = frozenset()) -> GradedGroup:
+    """Responses of different lengths whose tokens tell group and place; those at the places `cut` ended at the token limit."""
     responses = tuple(
         Response(
             "r",
             tuple(1000 * (group_id + 1) + 10 * index + place for place in range(index + 1)),
             tuple(-0.01 * (place + 1) for place in range(index + 1)),
-            FinishReason.STOP,
+            FinishReason.LENGTH if index in cut else FinishReason.STOP,
             7,
         )
         for index in range(len(rewards))
@@ -103,6 +103,22 @@ def test_advantages_are_taken_within_each_group(name: str) -> None:
     assert [sample.advantage for sample in samples] == [value for row in expected for value in row]
     assert [sample.advantage for sample in samples[3:6]] == [0.0] * 3
     assert samples[0].advantage == samples[8].advantage > 0 > samples[1].advantage
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@given(rewards=st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=4, max_size=4), cut=st.frozensets(st.integers(0, 3)))
+def test_masked_responses_have_no_gradient_and_stay_in_baseline_and_denominator(
+    name: str, rewards: list[float], cut: frozenset[int]
+) -> None:
+    run = make_run(name, prompts=1, samples=4, batch=4)
+    groups = [graded(0, rewards, cut)]
+    plain, masked = (make_samples(groups, OBJECTIVES[name], 0.7, mask_truncated=masks) for masks in (False, True))
+    assert [sample.advantage for sample in plain] == OBJECTIVES[name].advantages(rewards)
+    assert [sample.advantage for sample in masked] == [0.0 if index in cut else plain[index].advantage for index in range(4)]
+    ((plain_batch,), _), ((masked_batch,), _) = (make_batches(samples, run, 0) for samples in (plain, masked))
+    assert masked_batch.denominator == plain_batch.denominator
+    trained = {sample_id for item in masked_batch.micro_batches for sample_id in item.sample_ids}
+    assert trained == {sample.sample_id for index, sample in enumerate(plain) if sample.advantage and index not in cut}
 
 
 def ids(step_of: dict[str, int]) -> dict[int, set[str]]:

@@ -57,9 +57,12 @@ STATS = UpdateStats(
     loss=0.5,
     grad_norm=2.0,
     learning_rate=1e-6,
-    clip_fraction=0.25,
-    clipped_high=0.15,
-    clipped_low=0.1,
+    clip_fraction=0.21875,
+    clipped_high=0.125,
+    clipped_low=0.0625,
+    dual_clipped=0.03125,
+    tis_weight=0.99,
+    tis_truncated=0.03,
     ratio_mean=1.02,
     ratio_max=1.5,
     entropy=3.0,
@@ -106,7 +109,10 @@ def test_update_and_refit_metrics() -> None:
     assert metrics["update/grad_norm"] == 2.0
     assert metrics["update/skipped_steps"] == 1.0
     assert metrics["update/trained_tokens"] == 120.0
-    assert metrics["update/clipped_high_share"] + metrics["update/clipped_low_share"] == metrics["update/clip_fraction"]
+    assert metrics["update/clip_fraction"] == sum(
+        metrics[f"update/{name}_share"] for name in ("clipped_high", "clipped_low", "dual_clipped")
+    )
+    assert (metrics["update/tis_weight_mean"], metrics["update/tis_truncated_share"]) == (0.99, 0.03)
     assert metrics["update/mismatch_mean_nats"] < metrics["update/mismatch_p999_nats"] < metrics["update/mismatch_max_nats"]
     assert len(set(metrics.values())) == len(metrics), "each figure has its own value, so none is written under two names"
     assert refit_metrics(RefitReceipt(3, 4096, 0.5, (0.2, 0.3), ())) == {"refit/bytes": 4096.0, "refit/seconds_s": 0.5}
