@@ -372,9 +372,14 @@ class AlgorithmConfig:
     default."""
     mask_truncated: bool = False
     """Responses that ended at the token limit have no gradient. They stay in the baseline of their group and in the denominator."""
+    filter_groups: bool = False
+    """Groups whose rewards are all equal, which have no gradient, are not counted in the denominator either."""
+    sampling_rounds: int = 1
+    """Dynamic sampling: questions are drawn and answered up to so many times in an iteration, until `rollout.prompts_per_iteration` groups
+    have rewards that are not all equal; 1: off."""
 
     def __post_init__(self) -> None:
-        _positive(self, "iterations", "train_batch_size")
+        _positive(self, "iterations", "train_batch_size", "sampling_rounds")
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
             raise ConfigError(f"algorithm: clip_low {self.clip_low} must be in (0, 1) and clip_high {self.clip_high} above 0.")
         if self.dual_clip is not None and not self.dual_clip > 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_r1z import ranks
 from megatron_r1z.certificate import make_certificate
 from megatron_r1z.checkpoint import Checkpoints
-from megatron_r1z.config import TrainConfig
+from megatron_r1z.config import AlgorithmConfig, TrainConfig
 from megatron_r1z.evaluate import evaluate_prompts, evaluation_metrics, evaluation_sampling
 from megatron_r1z.metrics import (
     Metrics,
@@ -103,8 +103,8 @@ class Run:
         """True on every rank once one of them has seen SIGINT or SIGTERM."""
         return ranks.any_rank(self.stop_flag.requested)
 
-    def sampling(self, iteration: int) -> Sampling:
-        """How the responses of an iteration are sampled."""
+    def sampling(self, iteration: int, number: int = 0) -> Sampling:
+        """How the responses of an iteration are sampled; each round of dynamic sampling has a `number` and so a seed of its own."""
         rollout = self.config.rollout
         return Sampling(
             num_samples=rollout.samples_per_prompt,
@@ -113,7 +113,7 @@ class Run:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             stop=self.stop,
-            seed=rollout.seed * 1_000_003 + iteration,
+            seed=rollout.seed * 1_000_003 + iteration + number * 10**15,
         )
 
 
@@ -131,14 +131,11 @@ def train(run: Run) -> bool:
     if run.state.iteration == 0:
         _evaluate(run)
     for iteration in run.iterations():
-        prompts = run.prompts.draw(run.config.rollout.prompts_per_iteration)
-        with run.watch.phase("rollout"):
-            groups = run.engine.generate(prompts, run.sampling(iteration), policy_version=iteration)
-        with run.watch.phase("grade"):
-            graded = sorted(ranks.gather(run.grader.grade(groups)), key=lambda item: item.group.group_id)
+        graded, num_rounds = sample_groups(run, iteration)
         if run.stopped():
             break
-        samples = make_samples(graded, run.objective, run.config.rollout.temperature, mask_truncated=run.config.algorithm.mask_truncated)
+        trained = choose_groups(graded, run.config.rollout.prompts_per_iteration)
+        samples = make_samples(trained, run.objective, run.config.rollout.temperature, run.config.algorithm)
         batches, step_of = make_batches(samples, run, iteration)
         if not certified:
             _certify(run, samples)
@@ -148,8 +145,8 @@ def train(run: Run) -> bool:
             stats = [run.policy.update(batch) for batch in train_batches]  # one optimizer step each
         receipt = _hand_over(run, policy_version=iteration + 1)
         run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state())
-        _keep_rollouts(run, iteration, graded, samples, step_of)
-        _record(run, graded, stats, receipt)
+        _keep_rollouts(run, iteration, trained, samples, step_of)
+        _record(run, rollout_metrics(graded, num_rounds), stats, receipt)
         _count_skips(run, stats, samples, step_of)
         if run.skips.too_many:
             break
@@ -172,7 +169,32 @@ def _hand_over(run: Run, policy_version: int) -> RefitReceipt:
     return receipt
 
 
-def make_samples(graded: Sequence[GradedGroup], objective: Objective, temperature: float, *, mask_truncated: bool = False) -> list[Sample]:
+def sample_groups(run: Run, iteration: int) -> tuple[list[GradedGroup], int]:
+    """All groups of an iteration, the same on every rank, and in how many rounds they were sampled.
+
+    One round, or with dynamic sampling as many as it takes until enough groups are mixed, at most `algorithm.sampling_rounds`.
+    """
+    wanted = run.config.rollout.prompts_per_iteration
+    graded: list[GradedGroup] = []
+    for number in range(run.config.algorithm.sampling_rounds):
+        prompts = run.prompts.draw(wanted)
+        with run.watch.phase("rollout"):
+            groups = run.engine.generate(prompts, run.sampling(iteration, number), policy_version=iteration)
+        groups = [replace(group, group_id=len(graded) + group.group_id) for group in groups]
+        with run.watch.phase("grade"):
+            graded += sorted(ranks.gather(run.grader.grade(groups)), key=lambda item: item.group.group_id)
+        if sum(item.is_mixed for item in graded) >= wanted or run.stopped():
+            break
+    return graded, number + 1
+
+
+def choose_groups(graded: Sequence[GradedGroup], count: int) -> list[GradedGroup]:
+    """The `count` groups that are trained on: the first mixed ones, then, where these are too few, the first others; in their order."""
+    chosen = sorted(graded, key=lambda item: not item.is_mixed)[:count]
+    return sorted(chosen, key=lambda item: item.group.group_id)
+
+
+def make_samples(graded: Sequence[GradedGroup], objective: Objective, temperature: float, algorithm: AlgorithmConfig) -> list[Sample]:
     """One row per response, in group order, with its advantage; `temperature` is what they were sampled at.
 
     With `mask_truncated` a response that ended at the token limit gets advantage 0, after its reward went into those of its group.
@@ -182,7 +204,7 @@ def make_samples(graded: Sequence[GradedGroup], objective: Objective, temperatur
         prompt = item.group.prompt
         advantages = objective.advantages([verdict.reward for verdict in item.verdicts])
         for index, (response, advantage) in enumerate(zip(item.group.responses, advantages, strict=True)):
-            is_masked = mask_truncated and response.finish_reason is FinishReason.LENGTH
+            is_masked = algorithm.mask_truncated and response.finish_reason is FinishReason.LENGTH
             samples.append(
                 Sample(
                     sample_id=f"{item.group.group_id}/{index}",
@@ -192,6 +214,7 @@ def make_samples(graded: Sequence[GradedGroup], objective: Objective, temperatur
                     temperature=temperature,
                     engine_logprobs=response.logprobs,
                     policy_version=response.policy_version,
+                    is_counted=item.is_mixed or not algorithm.filter_groups,
                 )
             )
     return samples
@@ -210,7 +233,7 @@ def make_batches(samples: Sequence[Sample], run: Run, iteration: int) -> tuple[l
 
 
 def _pack(run: Run, samples: Sequence[Sample], *, skip_zero_advantage: bool = True) -> GlobalBatch:
-    lengths = [sample.response_length for sample in samples]
+    lengths = [sample.response_length for sample in samples if sample.is_counted]
     where = run.policy.topology.coordinates(dist.get_rank())
     return pack(
         samples,
@@ -266,14 +289,14 @@ def _keep_rollouts(run: Run, iteration: int, graded: Sequence[GradedGroup], samp
         save_rollouts(run.folder / "rollouts", iteration, graded, samples, step_of)
 
 
-def _record(run: Run, graded: Sequence[GradedGroup], stats: Sequence[UpdateStats], receipt: RefitReceipt) -> None:
+def _record(run: Run, rollout: Metrics, stats: Sequence[UpdateStats], receipt: RefitReceipt) -> None:
     """Write the figures of the iteration that just ended."""
     steps = [update_metrics(item) for item in stats]
     first = run.state.steps - len(steps)
     if len(steps) > 1:
         for index, row in enumerate(steps):
             run.log.write("step", first + index + 1, row)
-    metrics = rollout_metrics(graded) | combine_steps(steps) | refit_metrics(receipt) | run.watch.lap()
+    metrics = rollout | combine_steps(steps) | refit_metrics(receipt) | run.watch.lap()
     run.log.write("iteration", run.state.iteration, metrics)
     run.log.row(_cells(run.state.iteration, metrics))
     warning = grading_warning(metrics)

@@ -21,20 +21,20 @@ MAX_UNGRADED_SHARE = 0.02
 """Of the responses of an iteration; hostile answers are rarer, so beyond it the grader or the machine has a problem."""
 
 
-def rollout_metrics(graded: Sequence[GradedGroup]) -> Metrics:
-    """Rewards, lengths and verdicts of one iteration."""
+def rollout_metrics(graded: Sequence[GradedGroup], num_rounds: int = 1) -> Metrics:
+    """Rewards, lengths and verdicts of one iteration, over all groups of its rounds of sampling."""
     pairs = [pair for item in graded for pair in zip(item.group.responses, item.verdicts, strict=True)]
     lengths = [response.length for response, _ in pairs]
     right = [response.length for response, verdict in pairs if verdict.kind is VerdictKind.CORRECT]
     wrong = [response.length for response, verdict in pairs if verdict.kind is not VerdictKind.CORRECT]
     kinds = Counter(verdict.kind for _, verdict in pairs)
-    mixed = sum(len({verdict.reward for verdict in item.verdicts}) > 1 for item in graded)
     metrics = {
         "rollout/reward_mean": fmean(verdict.reward for _, verdict in pairs),
         "rollout/length_mean_tokens": fmean(lengths),
         "rollout/length_max_tokens": float(max(lengths)),
         "rollout/truncated_share": sum(response.finish_reason is FinishReason.LENGTH for response, _ in pairs) / len(pairs),
-        "rollout/mixed_groups_share": mixed / len(graded),
+        "rollout/mixed_groups_share": sum(item.is_mixed for item in graded) / len(graded),
+        "rollout/sampling_rounds": float(num_rounds),
     }
     if right:
         metrics["rollout/length_right_tokens"] = fmean(right)

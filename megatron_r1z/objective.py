@@ -36,7 +36,7 @@ class Aggregation:
     token_weight: Callable[[int], float]
     """Response length to w_i."""
     denominator: Callable[[Sequence[int], int], int]
-    """Response lengths of the whole step and the length constant to D."""
+    """Response lengths of the whole step, of counted samples, and the length constant to D; at least 1."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def _inverse(length: int) -> float:
 
 
 def _samples_times_constant(lengths_N: Sequence[int], length_constant: int) -> int:
-    return len(lengths_N) * length_constant
+    return max(len(lengths_N), 1) * length_constant
 
 
 def _samples(lengths_N: Sequence[int], _length_constant: int) -> int:
-    return len(lengths_N)
+    return max(len(lengths_N), 1)
 
 
 def _tokens(lengths_N: Sequence[int], _length_constant: int) -> int:

@@ -61,7 +61,7 @@ class GlobalBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     num_samples: int
-    """N, over all ranks; samples without a gradient count although they are in no micro-batch."""
+    """N, over all ranks; samples without a gradient count although they are in no micro-batch, unless their group was filtered out."""
     denominator: int
     """D of `objective.py`, over all ranks."""
 
@@ -159,7 +159,7 @@ def pack(
     )
     if rules.context_parallel_size > 1:
         micro_batches = tuple(_context_part(batch, rules.context_parallel_size, context_rank) for batch in micro_batches)
-    return GlobalBatch(micro_batches, len(samples), denominator)
+    return GlobalBatch(micro_batches, sum(sample.is_counted for sample in samples), denominator)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,11 @@ class GradedGroup:
     group: Group
     verdicts: tuple[Verdict, ...]
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its rewards are not all equal; only then it has a gradient."""
+        return len({verdict.reward for verdict in self.verdicts}) > 1
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -124,10 +129,14 @@ class Sample:
     engine_logprobs: tuple[float, ...]
     """One per response token."""
     policy_version: int
+    is_counted: bool = True
+    """Whether N and D have it; a sample that they have not must have no gradient."""
 
     def __post_init__(self) -> None:
         if isinstance(self.advantage, tuple) and len(self.advantage) != self.response_length:
             raise ValueError(f"sample {self.sample_id} has {len(self.advantage)} advantages and {self.response_length} response tokens.")
+        if self.has_gradient and not self.is_counted:
+            raise ValueError(f"sample {self.sample_id} has a gradient and must be counted.")
 
     @property
     def response_length(self) -> int:

@@ -351,6 +351,7 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
             ["algorithm.name=reinforce", "algorithm.dual_clip=3"],
             "algorithm: reinforce has no ratio, so there is nothing for dual_clip to clip; leave it out.",
         ),
+        (["algorithm.sampling_rounds=0"], "algorithm.sampling_rounds is 0; it must be above 0."),
         (["algorithm.tis_cap=0"], "algorithm.tis_cap is 0.0; it must be above 0."),
         (["optimizer.lr=0"], "optimizer.lr is 0.0; it must be above 0."),
         (["optimizer.schedule=cosine"], "optimizer: schedule cosine needs decay_steps."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,17 @@ from hypothesis import strategies as st
 
 pytest.importorskip("megatron.core")
 
-from megatron_r1z.config import TrainConfig, make_config
+from megatron_r1z.config import AlgorithmConfig, TrainConfig, make_config
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.loop import Run, make_batches, make_samples
+from megatron_r1z.loop import Run, choose_groups, make_batches, make_samples, sample_groups
 from megatron_r1z.metrics import SilentLog
 from megatron_r1z.objective import OBJECTIVES
 from megatron_r1z.packing import PackingRules
+from megatron_r1z.protocols import Sampling
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Sample, Verdict, VerdictKind
 
 BUDGET = 50
+DEFAULT = AlgorithmConfig(iterations=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +88,7 @@ def some_groups(count: int, samples: int) -> list[GradedGroup]:
 @given(rewards=st.lists(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=4, max_size=4), min_size=1, max_size=4))
 def test_samples_are_the_responses_in_group_order(name: str, rewards: list[list[float]]) -> None:
     groups = [graded(3 * number, row) for number, row in enumerate(rewards)]
-    samples = make_samples(groups, OBJECTIVES[name], 0.7)
+    samples = make_samples(groups, OBJECTIVES[name], 0.7, DEFAULT)
     assert [sample.sample_id for sample in samples] == [f"{item.group.group_id}/{index}" for item in groups for index in range(4)]
     responses = [(item.group.prompt, response) for item in groups for response in item.group.responses]
     for sample, (prompt, response) in zip(samples, responses, strict=True):
@@ -98,7 +101,7 @@ def test_samples_are_the_responses_in_group_order(name: str, rewards: list[list[
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_advantages_are_taken_within_each_group(name: str) -> None:
     groups = [graded(0, [1.0, 0.0, 0.0]), graded(1, [1.0, 1.0, 1.0]), graded(2, [0.0, 0.0, 1.0])]
-    samples = make_samples(groups, OBJECTIVES[name], 0.7)
+    samples = make_samples(groups, OBJECTIVES[name], 0.7, DEFAULT)
     expected = [OBJECTIVES[name].advantages([verdict.reward for verdict in item.verdicts]) for item in groups]
     assert [sample.advantage for sample in samples] == [value for row in expected for value in row]
     assert [sample.advantage for sample in samples[3:6]] == [0.0] * 3
@@ -112,13 +115,90 @@ def test_masked_responses_have_no_gradient_and_stay_in_baseline_and_denominator(
 ) -> None:
     run = make_run(name, prompts=1, samples=4, batch=4)
     groups = [graded(0, rewards, cut)]
-    plain, masked = (make_samples(groups, OBJECTIVES[name], 0.7, mask_truncated=masks) for masks in (False, True))
+    plain, masked = (make_samples(groups, OBJECTIVES[name], 0.7, replace(DEFAULT, mask_truncated=masks)) for masks in (False, True))
     assert [sample.advantage for sample in plain] == OBJECTIVES[name].advantages(rewards)
     assert [sample.advantage for sample in masked] == [0.0 if index in cut else plain[index].advantage for index in range(4)]
     ((plain_batch,), _), ((masked_batch,), _) = (make_batches(samples, run, 0) for samples in (plain, masked))
     assert masked_batch.denominator == plain_batch.denominator
     trained = {sample_id for item in masked_batch.micro_batches for sample_id in item.sample_ids}
     assert trained == {sample.sample_id for index, sample in enumerate(plain) if sample.advantage and index not in cut}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@given(rewards=st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=3), min_size=4, max_size=4), masks=st.booleans())
+def test_filtered_groups_are_counted_neither_in_n_nor_in_the_denominator(name: str, rewards: list[list[float]], masks: bool) -> None:
+    """As if the step had the other groups alone: masked responses of those count."""
+    run = make_run(name, batch=12)
+    groups = [graded(number, row, frozenset({1})) for number, row in enumerate(rewards)]
+    mixed = [item for item in groups if item.is_mixed]
+    samples = make_samples(groups, run.objective, 0.7, replace(DEFAULT, filter_groups=True, mask_truncated=masks))
+    ((batch,), _) = make_batches(samples, run, 0)
+    lengths = [response.length for item in mixed for response in item.group.responses]
+    assert batch.num_samples == len(lengths)
+    assert batch.denominator == sum(item.denominator for item in batch.micro_batches) == run.objective.denominator(lengths, BUDGET) > 0
+    assert [sample.advantage for sample in samples] == [
+        sample.advantage for sample in make_samples(groups, run.objective, 0.7, replace(DEFAULT, mask_truncated=masks))
+    ]
+
+
+class Scripted:
+    """Questions, engine and grader of a run in one: each round answers as its row of rewards says."""
+
+    def __init__(self, rounds: list[list[list[float]]]) -> None:
+        self._rounds = rounds
+        self.drawn = 0
+        self.seeds: list[int] = []
+
+    def draw(self, count: int) -> list[Prompt]:
+        self.drawn += count
+        return [Prompt(f"q/{self.drawn - count + index}", "?", (1,), ("7",), "q") for index in range(count)]
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling, policy_version: int) -> list[Group]:
+        assert policy_version == 3
+        self.seeds.append(sampling.seed)
+        groups = [graded(index, self._rounds[len(self.seeds) - 1][index]).group for index in range(len(prompts))]
+        return [replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=True)][::-1]
+
+    def grade(self, groups: list[Group]) -> list[GradedGroup]:
+        rewards = self._rounds[len(self.seeds) - 1]
+        return [GradedGroup(group, graded(0, rewards[group.group_id % len(rewards)]).verdicts) for group in groups]
+
+
+@given(data=st.data(), rounds=st.integers(1, 4), prompts=st.integers(1, 4))
+def test_groups_are_sampled_until_enough_are_mixed_or_the_rounds_are_used_up(data: st.DataObject, rounds: int, prompts: int) -> None:
+    rewards = data.draw(
+        st.lists(
+            st.lists(st.sampled_from([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), min_size=prompts, max_size=prompts),
+            min_size=rounds,
+            max_size=rounds,
+        )
+    )
+    run, script = make_run(prompts=prompts, samples=2, batch=2 * prompts), Scripted(rewards)
+    run.config = replace(run.config, algorithm=replace(run.config.algorithm, sampling_rounds=rounds))
+    run.prompts = run.engine = run.grader = script  # type: ignore[assignment]
+    found, num_rounds = sample_groups(run, 3)
+    mixed = [sum(row[0] != row[1] for part in rewards[: number + 1] for row in part) for number in range(rounds)]
+    assert num_rounds == next((number + 1 for number in range(rounds) if mixed[number] >= prompts), rounds)
+    assert (script.drawn, len(set(script.seeds))) == (num_rounds * prompts, num_rounds)
+    assert script.seeds[0] == run.sampling(3).seed
+    assert [item.group.group_id for item in found] == list(range(num_rounds * prompts))
+    assert [item.group.prompt.prompt_id for item in found] == [f"q/{index}" for index in range(num_rounds * prompts)]
+    assert [[verdict.reward for verdict in item.verdicts] for item in found] == [row for part in rewards[:num_rounds] for row in part]
+    chosen = choose_groups(found, prompts)
+    assert len(chosen) == prompts
+    assert chosen == [item for item in found if item in chosen]
+    assert sum(item.is_mixed for item in chosen) == min(prompts, mixed[num_rounds - 1])
+    first_mixed = [item for item in found if item.is_mixed][:prompts]
+    assert [item for item in chosen if item.is_mixed] == first_mixed
+    if rounds == 1:
+        assert chosen == found
+
+
+def test_no_further_round_is_begun_when_the_run_was_asked_to_stop() -> None:
+    run, script = make_run(prompts=1, samples=2, batch=2, stopped=True), Scripted([[[0.0, 0.0]]] * 3)
+    run.config = replace(run.config, algorithm=replace(run.config.algorithm, sampling_rounds=3))
+    run.prompts = run.engine = run.grader = script  # type: ignore[assignment]
+    assert sample_groups(run, 3)[1] == 1
 
 
 def ids(step_of: dict[str, int]) -> dict[int, set[str]]:
@@ -131,7 +211,7 @@ def ids(step_of: dict[str, int]) -> dict[int, set[str]]:
 @given(seed=st.integers(0, 9), iteration=st.integers(0, 99), batch=st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_batches_are_a_partition(seed: int, iteration: int, batch: int) -> None:
     run = make_run(seed=seed, batch=batch)
-    samples = make_samples(some_groups(4, 3), run.objective, 0.7)
+    samples = make_samples(some_groups(4, 3), run.objective, 0.7, DEFAULT)
     batches, step_of = make_batches(samples, run, iteration)
     assert sorted(step_of) == sorted(sample.sample_id for sample in samples)
     assert {step: len(members) for step, members in ids(step_of).items()} == dict.fromkeys(range(12 // batch), batch)
@@ -147,13 +227,13 @@ def test_batches_are_a_partition(seed: int, iteration: int, batch: int) -> None:
 def test_the_denominator_counts_all_samples_of_the_step(algorithm: str, denominator: int) -> None:
     run = make_run(algorithm)
     for groups in (some_groups(4, 3), [graded(number, [1.0] * 3) for number in range(4)]):
-        for batch in make_batches(make_samples(groups, run.objective, 0.7), run, 0)[0]:
+        for batch in make_batches(make_samples(groups, run.objective, 0.7, DEFAULT), run, 0)[0]:
             assert batch.denominator == sum(item.denominator for item in batch.micro_batches) == denominator
 
 
 def test_the_denominator_of_token_mean_is_the_tokens_of_the_step() -> None:
     run = make_run("token_mean")
-    samples = make_samples(some_groups(4, 3), run.objective, 0.7)
+    samples = make_samples(some_groups(4, 3), run.objective, 0.7, DEFAULT)
     batches, step_of = make_batches(samples, run, 0)
     for step, batch in enumerate(batches):
         assert batch.denominator == sum(sample.response_length for sample in samples if step_of[sample.sample_id] == step)
@@ -161,14 +241,14 @@ def test_the_denominator_of_token_mean_is_the_tokens_of_the_step() -> None:
 
 def test_token_weights_are_those_of_the_objective() -> None:
     run = make_run("grpo")
-    for batch in make_batches(make_samples(some_groups(4, 3), run.objective, 0.7), run, 0)[0]:
+    for batch in make_batches(make_samples(some_groups(4, 3), run.objective, 0.7, DEFAULT), run, 0)[0]:
         for item in batch.micro_batches:
             lengths = 1 + item.targets_R % 100 // 10
             assert torch.equal(item.weights_R, 1.0 / lengths)
 
 
 def test_the_order_follows_from_seed_and_iteration_alone() -> None:
-    samples = make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"], 0.7)
+    samples = make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"], 0.7, DEFAULT)
 
     def order(seed: int, iteration: int) -> dict[str, int]:
         return make_batches(samples, make_run(prompts=16, samples=4, batch=16, seed=seed), iteration)[1]
@@ -179,14 +259,16 @@ def test_the_order_follows_from_seed_and_iteration_alone() -> None:
 
 def test_the_samples_of_a_group_are_scattered_over_the_steps() -> None:
     """As in OAT, which permutes the whole buffer."""
-    _, step_of = make_batches(make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"], 0.7), make_run(prompts=16, samples=4, batch=16), 0)
+    _, step_of = make_batches(
+        make_samples(some_groups(16, 4), OBJECTIVES["drgrpo"], 0.7, DEFAULT), make_run(prompts=16, samples=4, batch=16), 0
+    )
     groups = [{step_of[f"{group}/{index}"] for index in range(4)} for group in range(16)]
     assert sum(len(steps) > 1 for steps in groups) > 12
 
 
 def test_a_single_step_has_everything() -> None:
     run = make_run(batch=12)
-    samples = make_samples(some_groups(4, 3), run.objective, 0.7)
+    samples = make_samples(some_groups(4, 3), run.objective, 0.7, DEFAULT)
     batches, step_of = make_batches(samples, run, 5)
     assert len(batches) == 1
     assert set(step_of.values()) == {0}
@@ -194,7 +276,7 @@ def test_a_single_step_has_everything() -> None:
 
 def test_the_order_of_the_samples_is_left_as_it_is() -> None:
     """They go to disk in group order after this."""
-    samples: list[Sample] = make_samples(some_groups(4, 3), OBJECTIVES["drgrpo"], 0.7)
+    samples: list[Sample] = make_samples(some_groups(4, 3), OBJECTIVES["drgrpo"], 0.7, DEFAULT)
     before = list(samples)
     make_batches(samples, make_run(), 0)
     assert samples == before

@@ -82,6 +82,8 @@ def test_rollout_metrics() -> None:
     assert metrics["rollout/length_max_tokens"] == 16
     assert metrics["rollout/truncated_share"] == pytest.approx(2 / 8)
     assert metrics["rollout/mixed_groups_share"] == pytest.approx(1 / 3)
+    assert metrics["rollout/sampling_rounds"] == 1
+    assert rollout_metrics([MIXED], 3) == rollout_metrics([MIXED]) | {"rollout/sampling_rounds": 3.0}
     assert metrics["rollout/length_right_tokens"] == pytest.approx(14 / 4)
     assert metrics["rollout/length_wrong_tokens"] == pytest.approx(42 / 4)
     assert metrics["grading/correct_share"] == pytest.approx(4 / 8)

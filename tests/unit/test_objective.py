@@ -218,6 +218,7 @@ def test_ppo_is_the_mean_over_responses_of_means_over_tokens_with_advantages_of_
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_a_step_without_a_single_token_has_a_denominator(name: str) -> None:
     assert AGGREGATIONS[name].denominator([0, 0], 10) >= 1
+    assert AGGREGATIONS[name].denominator([], 10) >= 1
     assert AGGREGATIONS[name].token_weight(0) == 1.0
 
 

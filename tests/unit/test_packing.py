@@ -286,6 +286,12 @@ def test_an_advantage_per_token_is_one_for_each() -> None:
         make_sample(0, 2, 3, (0.5, 0.0))
 
 
+def test_a_sample_that_is_not_counted_has_no_gradient() -> None:
+    assert not Sample("0/0", (1, 2), 1, 0.0, 1.0, (-0.1,), 0, is_counted=False).has_gradient
+    with pytest.raises(ValueError, match="sample 0/0 has a gradient and must be counted"):
+        Sample("0/0", (1, 2), 1, 0.5, 1.0, (-0.1,), 0, is_counted=False)
+
+
 def test_samples_without_engine_logprobs_get_zeros() -> None:
     """Documents of pre-training come from no engine."""
     row = Sample("0", (5, 6, 7, 8), 1, 1.0, 1.0, (), 0)
