@@ -274,6 +274,42 @@ def test_engine_and_policy_agree_on_as_many_tokens_however_they_are_split(two_st
     assert all(certificate["max_nats"] < 1e-4 for certificate in certificates)
 
 
+# -------------------------------------------------------------------------------------------------------- what is off by default
+
+
+def test_all_switches_beside_the_objective_at_once(training: list[str], cli: Any, tmp_path: Path) -> None:
+    """Two ranks with an engine each: both must see the same groups, or they would not sample as many rounds."""
+    switches = ("dual_clip=1.01", "tis_cap=1.0", "mask_truncated=true", "filter_groups=true", "sampling_rounds=4")
+    arguments = [
+        *training,
+        *DP2,
+        *TWO_ENGINES,
+        *TWO_STEPS,
+        "evaluation.sets=[]",
+        "rollout.max_response_tokens=17",
+        "algorithm.iterations=3",
+    ]
+    outcome = cli.run("train", *arguments, *(f"algorithm.{switch}" for switch in switches), f"logging.folder={tmp_path}")
+    assert outcome.status == 0, outcome.stderr
+    assert left_nothing(outcome)
+    rows = iterations_of(tmp_path)
+    assert any(row["rollout/sampling_rounds"] > 1 for row in rows)
+    for number, row in enumerate(rows):
+        samples = rollouts_of(tmp_path, number)
+        assert len(samples) == 32
+        groups = [samples[start : start + 4] for start in range(0, 32, 4)]
+        mixed = sum(len({sample["reward"] for sample in group}) > 1 for group in groups)
+        drawn = 8 * row["rollout/sampling_rounds"]
+        assert mixed == min(8, round(row["rollout/mixed_groups_share"] * drawn))
+        assert mixed == 8 or row["rollout/sampling_rounds"] == 4
+        assert all(sample["advantage"] == 0 for sample in samples if sample["finish_reason"] == "length")
+        assert any(sample["advantage"] != 0 for sample in samples)
+        assert 0.2 < row["update/tis_truncated_share"] < 0.8  # rounding decides on which side of 1 the factor is
+        assert row["update/tis_weight_mean"] == pytest.approx(1, abs=1e-4)
+    assert any(sample["finish_reason"] == "length" for number in range(3) for sample in rollouts_of(tmp_path, number))
+    assert max(row["update/dual_clipped_share"] for row in rows) > 0
+
+
 # --------------------------------------------------------------------------------------------------------------------- a rank dies
 
 
