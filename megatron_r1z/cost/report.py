@@ -238,8 +238,9 @@ def refusal(cost: RunCost, near: RunCost | None, ranks: int | None) -> str:
     why = cost.shortfall()
     if near is not None:
         return f"{why}; the nearest layout that fits ({near.fullest.peak / GIB:.1f} GiB) is {' '.join(changes(cost.config, near.config))}."
-    if ranks is not None:
-        return f"{why}; no layout of {cost.config.parallel.num_ranks} ranks fits, one of parallel.num_ranks={ranks} does."
+    if ranks is not None and cost.cluster is not None:
+        nodes = -(-ranks // cost.cluster.gpus_per_node)
+        return f"{why}; no layout fits it, but one of parallel.num_ranks={ranks} on {nodes} such nodes does."
     return f"{why}; no layout fits, whatever the number of ranks: shorten data.max_prompt_tokens or rollout.max_response_tokens."
 
 

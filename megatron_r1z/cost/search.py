@@ -54,8 +54,8 @@ def nearest(cost: RunCost) -> RunCost | None:
 
 
 def enough_ranks(cost: RunCost) -> int | None:
-    """The smallest doubling of the ranks for which some layout fits; None above `MOST_RANKS`."""
-    ranks = cost.config.parallel.num_ranks * 2
+    """The smallest number of ranks, doubled as often as needed, for which some layout fits on so many nodes; None above `MOST_RANKS`."""
+    ranks = cost.config.parallel.num_ranks
     while ranks <= MOST_RANKS and cost.cluster is not None:
         nodes = -(-ranks // cost.cluster.gpus_per_node)
         larger = dataclasses.replace(
