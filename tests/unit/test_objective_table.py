@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_r1z.config import AlgorithmConfig
+from megatron_r1z.config import Algorithm, AlgorithmConfig
 from megatron_r1z.objective import OBJECTIVES, clipped_losses, importance_sampled, make_loss, reinforce_losses
 from megatron_r1z.packing import PackingRules, pack
 from megatron_r1z.types import Sample
@@ -213,8 +213,8 @@ def test_loss_and_gradient_are_those_of_the_equation_however_the_step_is_packed(
     torch.testing.assert_close(found_gradient, gradient, rtol=2e-5, atol=1e-8)
 
 
-def test_the_table_has_every_row_of_the_package() -> None:
-    assert set(TABLE) == set(OBJECTIVES)
+def test_the_table_has_every_row_of_the_package_and_all_can_be_chosen() -> None:
+    assert set(TABLE) == set(OBJECTIVES) == set(get_args(Algorithm))
 
 
 def test_random_steps_lie_on_every_side_of_every_bound() -> None:
