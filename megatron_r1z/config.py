@@ -81,6 +81,9 @@ class ParallelConfig:
     recompute: Recompute = "none"
     """Activations that the backward pass computes again instead of keeping them. `selective`: those within feed-forward layers, where most
     are; `full`: all but the input of each layer. The same numbers in more time and less memory."""
+    offload_layers: int = 0
+    """So many layers from the first one on keep their activations in the host's memory until the backward pass needs them. Needs a GPU
+    and Transformer Engine, all layers on one pipeline rank, and nothing recomputed."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_ranks", "threads_per_rank", "tensor_parallel_size", "pipeline_parallel_size")
@@ -100,6 +103,13 @@ class ParallelConfig:
             )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise ConfigError("parallel: sequence_parallel needs tensor_parallel_size > 1.")
+        if self.offload_layers < 0:
+            raise ConfigError(f"parallel.offload_layers is {self.offload_layers}; it must be at least 0.")
+        if self.offload_layers and (self.pipeline_parallel_size > 1 or self.recompute != "none"):
+            raise ConfigError(
+                f"parallel.offload_layers is {self.offload_layers}, which Megatron takes with pipeline_parallel_size 1 and recompute none; "
+                f"they are {self.pipeline_parallel_size} and {self.recompute}."
+            )
 
     @property
     def model_parallel_size(self) -> int:

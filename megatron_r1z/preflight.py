@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1z.config import AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, load_config, to_tree
+from megatron_r1z.config import AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
@@ -116,6 +116,7 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
             "optimizer.offload_to_host moves optimizer state from a GPU to the host's memory, and this machine has no GPU; "
             "set optimizer.offload_to_host=false."
         )
+    _check_offload(config.parallel, shape)
     if config.optimizer.distributed and not _has_cuda():
         raise ConfigError(
             "optimizer.distributed keeps state that megatron-core cannot restore from a checkpoint without Transformer Engine or apex; "
@@ -123,6 +124,16 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
         )
     _check_fp8(config, shape)
     return shape
+
+
+def _check_offload(parallel: ParallelConfig, shape: ModelShape) -> None:
+    if parallel.offload_layers and not _has_cuda():
+        raise ConfigError(
+            "parallel.offload_layers moves activations from a GPU to the host's memory by Transformer Engine, and this machine has no GPU; "
+            "set parallel.offload_layers=0."
+        )
+    if parallel.offload_layers >= shape.num_layers:
+        raise ConfigError(f"parallel.offload_layers is {parallel.offload_layers}; it must be below the model's {shape.num_layers} layers.")
 
 
 def _check_fp8(config: TrainConfig | PretrainConfig, shape: ModelShape) -> None:

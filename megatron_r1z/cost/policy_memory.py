@@ -128,9 +128,10 @@ class PolicyMemory:
         return chunks_in_flight(self.topology, stage, self.batch.micro_batches)
 
     def _waiting_layers(self, stage: int) -> int:
-        """Layers times micro-batches that wait for their backward pass."""
+        """Layers times micro-batches that wait for their backward pass on the GPU."""
         chunks = self.topology.chunks(self.shape.num_layers, stage)
-        return sum(waiting * len(chunk.layers) for waiting, chunk in zip(self._waiting(stage), chunks, strict=True))
+        waiting = sum(count * len(chunk.layers) for count, chunk in zip(self._waiting(stage), chunks, strict=True))
+        return waiting - self.parallel.offload_layers
 
 
 @lru_cache(maxsize=256)

@@ -150,6 +150,10 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         bias_dropout_fusion=False,
         apply_rope_fusion=has_transformer_engine(),
         persist_layer_norm=False,
+        cpu_offloading=parallel.offload_layers > 0,
+        cpu_offloading_num_layers=parallel.offload_layers,
+        cpu_offloading_activations=True,
+        cpu_offloading_weights=False,
         **RECOMPUTE[parallel.recompute],
         **fp8,
     )

@@ -284,6 +284,11 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
             ["optimizer.offload_to_host=true"],
             "optimizer.offload_to_host is a part of Megatron's distributed optimizer; set optimizer.distributed=true too.",
         ),
+        (["parallel.offload_layers=-1"], "parallel.offload_layers is -1; it must be at least 0."),
+        (
+            ["parallel.offload_layers=2", "parallel.recompute=full"],
+            "parallel.offload_layers is 2, which Megatron takes with pipeline_parallel_size 1 and recompute none; they are 1 and full.",
+        ),
         (["parallel.sequence_parallel=true"], "parallel: sequence_parallel needs tensor_parallel_size > 1."),
         (["parallel.num_ranks=0"], "parallel.num_ranks is 0; it must be above 0."),
         (["data.train.0.weight=0"], "data: weight of questions.jsonl is 0.0; it must be above 0."),

@@ -157,6 +157,8 @@ def test_context_parallelism_on_a_gpu_needs_bf16(folder: Path, monkeypatch: pyte
 
 
 def test_there_is_no_gpu_to_offload_from(folder: Path) -> None:
+    sentence = refusal(folder, parallel={"offload_layers": 2})
+    assert sentence.endswith("this machine has no GPU; set parallel.offload_layers=0.")
     sentence = refusal(folder, optimizer={"distributed": True, "offload_to_host": True})
     assert sentence.endswith("this machine has no GPU; set optimizer.offload_to_host=false.")
 

@@ -65,3 +65,8 @@ def test_the_last_stage_has_the_head_and_the_first_keeps_most_micro_batches() ->
     without_head = [*kept[:3], kept[3] - policy.head.kept]
     assert without_head == pytest.approx([kept[2] / 2 * count for count in (4, 3, 2, 1)])
     assert policy.logprobs(3) == max(policy.logprobs(0), policy.head.forward)
+
+
+def test_offloaded_layers_keep_nothing_on_the_gpu() -> None:
+    whole, two_away = memory(), memory(offload_layers=2)
+    assert whole.kept(0) - two_away.kept(0) == pytest.approx(2 * whole.token.whole * BATCH.tokens, abs=2)
