@@ -28,22 +28,33 @@ class SharedFile:
         os.pwrite(self._file, content, 0)
 
 
-class SharedCopies:
-    """Copies of CPU tensors in memory that other processes can map; other processes see them while this object lives.
+class SharedTensors:
+    """Tensors in memory that other processes can map, zeros at first; other processes see them while this object lives.
 
-    They are in one anonymous file, so neither a limit of open files nor the size of /dev/shm matters.
+    They are in one anonymous file, so neither a limit of open files nor the size of /dev/shm matters. A page takes no memory before it is
+    written.
+
+    Args:
+        like: shapes and number formats, by name; values do not matter, and there may be none (`meta`).
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
         offsets, end = {}, 0
-        for name, tensor in tensors.items():
+        for name, tensor in like.items():
             offsets[name], end = end, end + aligned(tensor.nbytes)
         self._file = SharedFile(end)
         self.tensors = {
-            name: self._file.tensor[offset : offset + tensors[name].nbytes].view(tensors[name].dtype).view(tensors[name].shape)
+            name: self._file.tensor[offset : offset + like[name].nbytes].view(like[name].dtype).view(like[name].shape)
             for name, offset in offsets.items()
         }
         """By the names given."""
+
+
+class SharedCopies(SharedTensors):
+    """Copies of CPU tensors in such memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
         for name, tensor in tensors.items():
             self.tensors[name].copy_(tensor)
 

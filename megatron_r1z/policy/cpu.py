@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_r1z.shared_memory import SharedCopies
+from megatron_r1z.shared_memory import SharedTensors
 
 
 @contextmanager
@@ -59,13 +59,17 @@ def release_free_memory() -> None:
         trim(0)
 
 
-def share_weights(chunks: Sequence[torch.nn.Module]) -> SharedCopies | None:
-    """Put weights where the other ranks of the machine can read them, while the result lives; does nothing where CUDA is available."""
+def share_weights(chunks: Sequence[torch.nn.Module]) -> SharedTensors | None:
+    """Put weights where the other ranks of the machine can read them, while the result lives; does nothing where CUDA is available.
+
+    One after the other, so that no more than one weight is there twice.
+    """
     if torch.cuda.is_available() or not sys.platform.startswith("linux"):
         return None
     parameters = {f"{index}.{name}": value for index, chunk in enumerate(chunks) for name, value in chunk.named_parameters()}
-    shared = SharedCopies({name: value.data for name, value in parameters.items()})
+    shared = SharedTensors({name: value.data for name, value in parameters.items()})
     for name, value in parameters.items():
+        shared.tensors[name].copy_(value.data)
         value.data = shared.tensors[name]
     return shared
 

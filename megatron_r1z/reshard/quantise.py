@@ -14,7 +14,7 @@ from megatron_r1z.fp8.blocks import Quantised, quantise_weight, scale_shape
 from megatron_r1z.layout.blocks import Layout
 from megatron_r1z.layout.fp8 import BLOCK, SCALES, by_format
 from megatron_r1z.layout.plan import Plan, make_plan
-from megatron_r1z.shared_memory import SharedCopies
+from megatron_r1z.shared_memory import SharedTensors
 
 
 def plans_by_format(
@@ -63,11 +63,13 @@ class QuantisedSource:
         self._source = source
         self._names = names
         parameters = source()
-        staged = {name: torch.empty(parameters[name].shape, dtype=torch.float8_e4m3fn, device=parameters[name].device) for name in names}
+        is_on_gpu = any(parameters[name].is_cuda for name in names)
+        staged = {}
         for name in names:
-            shape = scale_shape(*parameters[name].shape)
-            staged[name + SCALES] = torch.empty(shape, dtype=torch.float32, device=parameters[name].device)
-        self._shared = None if any(tensor.is_cuda for tensor in staged.values()) else SharedCopies(staged)
+            weight, device = parameters[name], parameters[name].device if is_on_gpu else "meta"
+            staged[name] = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device)
+            staged[name + SCALES] = torch.empty(scale_shape(*weight.shape), dtype=torch.float32, device=device)
+        self._shared = None if is_on_gpu else SharedTensors(staged)
         self._staged = staged if self._shared is None else self._shared.tensors
 
     @torch.no_grad()
