@@ -1,9 +1,9 @@
 """How weights come into vLLM: a backend of its weight-transfer interface, registered under our name.
 
 vLLM drives it (`LLM.start_weight_update`, `update_weights`, `finish_weight_update`), so an engine whose kernels keep weights in a layout of
-their own makes that layout again after every refit. Where the kernels of a layer use its parameters as they are, a refit writes into them
-directly; otherwise (packed weights, FP8) it writes into parameters in checkpoint format beside them, a second copy, which vLLM's
-layer-wise reload then takes over.
+their own makes that layout again after every refit. Where all kernels use the parameters as they are, a refit writes into them directly;
+otherwise (packed weights, FP8) it writes into parameters in checkpoint format beside them, a second copy of the shard, which vLLM's
+layer-wise reload then takes over. Not layer by layer: a layer may keep its parameter and a packed copy of it besides.
 
 Written for vLLM 0.32: `vllm.distributed.weight_transfer.base`, `vllm.model_executor.model_loader.reload`.
 """
@@ -112,11 +112,12 @@ def written_parameters(model: nn.Module) -> dict[str, Tensor]:
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Name, layer, name in the layer, and tensor to write; a parameter of two layers is named once."""
     seen: set[int] = set()
+    in_place = not any(map(_has_own_layout, model.modules()))
     for prefix, layer in model.named_modules():
         if is_deferred_attention_layer(layer):  # what it has are scales of a cache in FP8, no weights
             continue
         live: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
-        for name, tensor in (live | _recorded(layer) if _has_own_layout(layer) else live).items():
+        for name, tensor in (live if in_place else live | _recorded(layer)).items():
             if id(live.get(name, tensor)) not in seen:
                 seen.add(id(live.get(name, tensor)))
                 yield f"{prefix}.{name}", layer, name, tensor.data
