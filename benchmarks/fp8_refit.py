@@ -117,9 +117,7 @@ class FormatArrays(Arrays):
     def __init__(self, layout: Layout, rank: int, plans: Sequence[tuple[torch.dtype, Any]]) -> None:
         super().__init__(layout, rank)
         self._live: dict[str, Tensor] = {
-            name: torch.zeros(size, dtype=dtype)
-            for dtype, plan in plans.items()
-            for name, size in plan.destination.parameters[rank].items()
+            name: torch.zeros(size, dtype=dtype) for dtype, plan in plans for name, size in plan.destination.parameters[rank].items()
         }
 
 
