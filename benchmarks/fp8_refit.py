@@ -14,23 +14,21 @@ import dataclasses
 import json
 import os
 import sys
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from measuring import run_ranks
-from refit import Arrays, through_wires
+from refit import Arrays, live_engine, through_wires, timed
 from torch import Tensor
 
 from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, load_shape
-from megatron_r1z.layout.fp8 import fp8_matrices, modules_to_not_convert
+from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, modules_to_not_convert
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
-from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.shared_memory import SharedCopies
 from megatron_r1z.tables import align
 
@@ -99,14 +97,18 @@ def measure(options: argparse.Namespace) -> Figures:
         plans = plans_by_format(policy, layout, matrices, DTYPE, ROUND_BYTES["cpu"])
         weights: Any = lambda: shared.tensors  # noqa: E731
         if matrices:
-            weights = source = QuantisedSource(weights, plans[1][1].source.parameters[options.rank])
-        engine = _live_engine(options.model, shape, matrices) if options.model else FormatArrays(layout, options.rank, plans)
+            weights = source = QuantisedSource(weights, fp8_parameters(policy, options.rank, matrices))
+        engine = (
+            live_engine(options.model, modules_to_not_convert(shape, matrices) if matrices else None)
+            if options.model
+            else FormatArrays(layout, options.rank, plans)
+        )
         refits[name] = Refit(plans, options.rank, weights, engine, links=links)
         nbytes[name] = refits[name](0).nbytes
     for version in range(1, options.repeats + 1):
         for name, refit in refits.items():
-            times[name].append(_timed(lambda refit=refit, version=version: refit(version)))  # type: ignore[misc]
-        times["quantise"].append(_timed(source))
+            times[name].append(timed(lambda refit=refit, version=version: refit(version)))  # type: ignore[misc]
+        times["quantise"].append(timed(source))
     fastest = {name: min(values) for name, values in times.items()}
     return Figures(fastest["bf16"], fastest["fp8"], fastest["quantise"], nbytes["bf16"], nbytes["fp8"])
 
@@ -119,31 +121,6 @@ class FormatArrays(Arrays):
         self._live: dict[str, Tensor] = {
             name: torch.zeros(size, dtype=dtype) for dtype, plan in plans for name, size in plan.destination.parameters[rank].items()
         }
-
-
-def _timed(work: Any) -> float:
-    """Seconds, all ranks starting together."""
-    dist.barrier()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _live_engine(model: str, shape: ModelShape, matrices: Collection[str]) -> VllmEngine:
-    return VllmEngine(
-        EngineSettings(
-            model_folder=model,
-            dtype="bf16",
-            rank=0,
-            num_ranks=1,
-            tensor_parallel_size=1,
-            max_model_tokens=shape.max_positions,
-            max_concurrent_sequences=8,
-            kv_cache_bytes=64 << 20,
-            seed=0,
-            not_in_fp8=tuple(modules_to_not_convert(shape, matrices)) if matrices else None,
-        )
-    )
 
 
 if __name__ == "__main__":

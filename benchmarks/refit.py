@@ -157,7 +157,7 @@ def measure(options: argparse.Namespace) -> Figures:
         {name: torch.randn(size, generator=generator).to(DTYPE) for name, size in policy.parameters[options.rank].items()}
     )
     weights = shared.tensors
-    engine: Any = _live_engine(options.model) if options.model else Arrays(layout, options.rank)
+    engine: Any = live_engine(options.model) if options.model else Arrays(layout, options.rank)
     others = {name: torch.randn(tensor.shape, generator=generator).to(DTYPE) for name, tensor in engine.parameters().items()}
     written = sum(tensor.nbytes for tensor in others.values())
     crossing = sum(copy.nbytes for copies in plan.rounds for copy in copies if copy.destination_rank == options.rank)
@@ -233,7 +233,8 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _live_engine(model: str) -> VllmEngine:
+def live_engine(model: str, not_in_fp8: Sequence[str] | None = None) -> VllmEngine:
+    """A vLLM engine of the shape of a model folder; `not_in_fp8`: see `EngineSettings`."""
     return VllmEngine(
         EngineSettings(
             model_folder=model,
@@ -245,6 +246,7 @@ def _live_engine(model: str) -> VllmEngine:
             max_concurrent_sequences=8,
             kv_cache_bytes=64 << 20,
             seed=0,
+            not_in_fp8=None if not_in_fp8 is None else tuple(not_in_fp8),
         )
     )
 

@@ -29,7 +29,7 @@ from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.initialise import random_weights
 from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
-from megatron_r1z.layout.fp8 import by_format, fp8_matrices, left_out, modules_to_not_convert
+from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, left_out, modules_to_not_convert
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.metrics import Console, RunLog, SilentLog
@@ -241,8 +241,7 @@ def make_refit(
     plans = plans_by_format(weights.layout, _engine_layout(config, weights.shape), matrices, dtype, round_bytes)
     if not matrices:
         return Refit(plans, rank, policy.parameters, engine)
-    names_in_fp8 = plans[1][1].source.parameters[rank]
-    refit = Refit(plans, rank, QuantisedSource(policy.parameters, names_in_fp8), engine)
+    refit = Refit(plans, rank, QuantisedSource(policy.parameters, fp8_parameters(weights.layout, rank, matrices)), engine)
     names = tuple(left_out(weights.shape, matrices))
     return lambda policy_version: replace(refit(policy_version), not_in_fp8=names)
 
@@ -330,7 +329,7 @@ def _fill_engine(config: EvaluateConfig, engine: VllmEngine, matrices: Collectio
     def load_and_quantise(parameters: Mapping[str, torch.Tensor]) -> None:
         whole = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in layout.parameters[rank].items()}
         load(whole)
-        for name, tensor in QuantisedSource(lambda: whole, by_format(layout, matrices).data.parameters[rank])().items():
+        for name, tensor in QuantisedSource(lambda: whole, fp8_parameters(layout, rank, matrices))().items():
             parameters[name].copy_(tensor)
 
     engine.receive(load_and_quantise if matrices else load)

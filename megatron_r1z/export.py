@@ -30,7 +30,7 @@ from megatron_r1z.hf_files import (
 )
 from megatron_r1z.layout.blocks import Block, Box, Layout, box_slices, covered
 from megatron_r1z.layout.families import ModelShape, hf_tensors
-from megatron_r1z.layout.fp8 import BLOCK, SCALES, by_format, fp8_matrices, modules_to_not_convert, quantization_config
+from megatron_r1z.layout.fp8 import BLOCK, SCALES, by_format, fp8_matrices, fp8_parameters, modules_to_not_convert, quantization_config
 from megatron_r1z.ranks import any_rank, gather
 from megatron_r1z.reshard.once import execute
 from megatron_r1z.reshard.quantise import QuantisedSource, dtypes_by_format
@@ -112,7 +112,7 @@ def save_hf(
     together(lambda: make_empty(partial), rank == 0)
     together(lambda: _each(files, TensorWriter.create))
     buffer = torch.empty(wave_bytes if files else 0, dtype=torch.uint8)
-    source = QuantisedSource(lambda: parameters, formats.data.parameters[rank])()
+    source = QuantisedSource(lambda: parameters, fp8_parameters(layout, rank, matrices))()
     for number, (number_format, part) in enumerate(zip(dtypes, formats, strict=True)):
         written = [shard for shard in shards if shard.number_format == number]
         for wave in plan_waves(part, written, number_format.itemsize, wave_bytes):

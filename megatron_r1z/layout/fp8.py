@@ -79,6 +79,11 @@ def by_format(layout: Layout, matrices: Collection[str]) -> Formats:
     )
 
 
+def fp8_parameters(layout: Layout, rank: int, matrices: Collection[str]) -> set[str]:
+    """The parameters of one rank that go over in FP8."""
+    return {block.parameter for block in layout.blocks_of(rank) if block.tensor in matrices}
+
+
 def _scales_of(block: Block) -> Block:
     return Block(
         block.tensor + SCALES,

@@ -25,7 +25,6 @@ class EmulatedBlockKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]  
         super().__init__(config)
         scale = config.activation_quant_key.scale
         self.quant_fp8 = QuantFP8(static=scale.static, group_shape=scale.group_shape, use_ue8m0=True)
-        self._weight: Tensor | None = None
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -34,12 +33,10 @@ class EmulatedBlockKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]  
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the weight's values beside its bytes, in float32."""
-        self._weight = dequantise(Quantised(layer.weight.data, layer.weight_scale_inv.data))
+        self._weight: Tensor = dequantise(Quantised(layer.weight.data, layer.weight_scale_inv.data))
 
     def apply_block_scaled_mm(self, A: Tensor, B: Tensor, As: Tensor, Bs: Tensor) -> Tensor:
         """A [T, K] with scales As [T, K / 128]; the weight is the one that was processed."""
-        if self._weight is None:
-            self._weight = dequantise(Quantised(B, Bs))
         return dequantise(Quantised(A, As)) @ self._weight.t()
 
 

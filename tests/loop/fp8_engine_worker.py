@@ -16,7 +16,7 @@ from megatron_r1z.fp8.blocks import quantise_weight
 from megatron_r1z.initialise import random_weights
 from megatron_r1z.layout.blocks import box_slices, engine_layout, hf_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
-from megatron_r1z.layout.fp8 import SCALES, by_format, fp8_matrices, modules_to_not_convert
+from megatron_r1z.layout.fp8 import SCALES, by_format, fp8_matrices, fp8_parameters, modules_to_not_convert
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.packing import pack
 from megatron_r1z.policy.parallel import start_megatron
@@ -73,7 +73,7 @@ def main(model: Path, policy_format: str, tp: int, engine_tp: int, output: Path)
         )
     )
     plans = plans_by_format(source, destination, matrices, torch.float32, 20_000)
-    refit = Refit(plans, rank, QuantisedSource(policy.parameters, plans[1][1].source.parameters[rank]), engine)
+    refit = Refit(plans, rank, QuantisedSource(policy.parameters, fp8_parameters(source, rank, matrices)), engine)
     refit(0)
     for tensor in policy.parameters().values():
         tensor.mul_(1.5)
