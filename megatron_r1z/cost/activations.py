@@ -11,18 +11,19 @@ everything inside a tensor-parallel region is divided by t, the rest by t only u
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_r1z import tiles
 from megatron_r1z.config import Recompute
 from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat
 from megatron_r1z.layout.blocks import Spec
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.tiles import tile_shape
 
-TILE_BYTES = {"local": 8 << 20, "te": 64 << 20}
-"""`policy.logprob.TILE_BYTES` of the device that each spec is for."""
+TILE_BYTES = {"local": tiles.TILE_BYTES["cpu"], "te": tiles.TILE_BYTES["cuda"]}
+"""Of the device that each spec is for."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,6 @@ def head_bytes(shape: ModelShape, columns: int, batch: BatchSize, *, hidden: flo
     gradients += is_narrow * tile_columns * shape.hidden_size * FP32_BYTES
     norm = round(batch.tokens * (_norm_bytes(hidden, itemsize, spec) + FP32_BYTES))
     return HeadBytes(norm + batch.responses * shape.hidden_size * itemsize, tiles, tiles + gradients)
-
-
-def tile_shape(num_rows: int, elements: int) -> tuple[int, int]:
-    """`policy.logprob.tile_shape`, which needs torch to be imported."""
-    rows = max(1, min(num_rows, elements, 2 * math.isqrt(elements)))
-    return rows, max(1, elements // rows)
 
 
 def chunks_in_flight(topology: Topology, stage: int, micro_batches: int) -> list[int]:

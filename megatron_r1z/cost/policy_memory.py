@@ -8,19 +8,15 @@ splits those over the data-parallel and context-parallel ranks, and offload keep
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from megatron_r1z.config import OptimizerConfig, ParallelConfig
 from megatron_r1z.cost.activations import BatchSize, HeadBytes, TokenBytes, backward_bytes, chunks_in_flight, head_bytes, token_bytes
 from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat, ParameterCounts, count_parameters
-from megatron_r1z.layout.blocks import Spec, megatron_layout, padded_vocab_size
+from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Spec, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
-
-VOCAB_MULTIPLE: Mapping[Spec, int] = {"local": 1, "te": 128}
-"""`assemble.VOCAB_MULTIPLE` of the device that each spec is for."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class PolicyMemory:
     @property
     def head(self) -> HeadBytes:
         """Log-probs, on the last stage."""
-        columns = padded_vocab_size(self.shape.vocab_size, VOCAB_MULTIPLE[self.spec] * self.topology.tp) // self.topology.tp
+        columns = padded_vocab_size(self.shape.vocab_size, POLICY_VOCAB_MULTIPLE[self.spec] * self.topology.tp) // self.topology.tp
         return head_bytes(self.shape, columns, self.batch, hidden=self._hidden, itemsize=self.form.itemsize, spec=self.spec)
 
     def kept(self, stage: int) -> int:
@@ -136,5 +132,5 @@ class PolicyMemory:
 
 @lru_cache(maxsize=256)
 def _stage_parameters(shape: ModelShape, topology: Topology, spec: Spec) -> tuple[ParameterCounts, ...]:
-    layout = megatron_layout(shape, topology, VOCAB_MULTIPLE[spec], spec)
+    layout = megatron_layout(shape, topology, POLICY_VOCAB_MULTIPLE[spec], spec)
     return tuple(count_parameters(layout.parameters[topology.rank_of(0, 0, 0, stage)]) for stage in range(topology.pp))

@@ -15,11 +15,11 @@ from megatron_r1z.cost.engine_memory import BATCH_TOKENS, SMALL_BATCH_TOKENS, SM
 from megatron_r1z.cost.formats import FP32_BYTES, engine_format, fp8_share, policy_format
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.cost.memory import RankMemory, rank_memory
-from megatron_r1z.cost.policy_memory import VOCAB_MULTIPLE, PolicyMemory
+from megatron_r1z.cost.policy_memory import PolicyMemory
 from megatron_r1z.cost.rollout_time import Rollout, RolloutTime
 from megatron_r1z.cost.update_time import Passes, UpdateTime
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout
+from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.fp8 import by_format, fp8_matrices
 from megatron_r1z.layout.plan import DEFAULT_RANKS_PER_NODE, DEFAULT_ROUND_BYTES, LIVE_ROUNDS, Edge, make_plan
@@ -146,7 +146,7 @@ class RunCost:
     def refit(self) -> RefitCost:
         """The hand-over of weights, planned."""
         config, parallel = self.config, self.config.parallel
-        source = megatron_layout(self.shape, parallel.topology, VOCAB_MULTIPLE["te"], "te")
+        source = megatron_layout(self.shape, parallel.topology, POLICY_VOCAB_MULTIPLE["te"], "te")
         destination = engine_layout(self.shape, parallel.num_ranks, config.rollout.tensor_parallel_size)
         matrices: frozenset[str] = frozenset()
         if self.engine.form.is_fp8:

@@ -26,6 +26,8 @@ Spec = Literal["local", "te"]
 """Megatron's layer spec: `local` modules, or Transformer Engine's, which fuse each norm into the linear layer after it and all experts of
 a rank into one module (`moe_grouped_gemm`)."""
 
+POLICY_VOCAB_MULTIPLE: Mapping[Spec, int] = {"local": 1, "te": 128}
+"""Rows per tensor-parallel rank that the policy's padded vocabulary is a multiple of; Transformer Engine's FP8 needs aligned shapes."""
 ENGINE_VOCAB_MULTIPLE = 64
 """vLLM pads the vocabulary to this (`vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE`)."""
 

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
-"""Of one tile in the softmax's type, by device. Two are in memory at a time; on a CPU they stay in its cache."""
+from megatron_r1z.tiles import TILE_BYTES, tile_shape
+
 LOG2_E = math.log2(math.e)
 
 
@@ -56,12 +56,6 @@ def vocab_parallel_logprobs(
     )
     logprobs, entropy = _TiledLogProbs.apply(hidden_RH, weight_VH, targets_R, head)  # type: ignore[no-untyped-call]
     return logprobs, entropy
-
-
-def tile_shape(num_rows: int, elements: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most `elements`, or one: all rows, unless they would be more than four times the columns."""
-    rows = max(1, min(num_rows, elements, 2 * math.isqrt(elements)))
-    return rows, max(1, elements // rows)
 
 
 @dataclass(frozen=True)
