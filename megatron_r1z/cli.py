@@ -54,6 +54,11 @@ EXAMPLES = {
     "convert": "megatron-r1z convert runs/quickstart/rl/checkpoints/step_000016 exported --dtype bf16",
     "grade": "megatron-r1z grade --mode strict < answers.jsonl > verdicts.jsonl",
     "doctor": "megatron-r1z doctor",
+    "launch": (
+        "megatron-r1z launch configs/quickstart.yaml --executor local\n"
+        "         megatron-r1z launch configs/qwen2.5-7b-h100.yaml --cluster my-cluster.yaml launch.hours=12 launch.restarts=3\n"
+        "         megatron-r1z launch status"
+    ),
     "plan": (
         "megatron-r1z plan configs/qwen2.5-7b-h100.yaml --cluster configs/clusters/h100-8.yaml\n"
         "         megatron-r1z plan --model models/Llama-3-70B --from tp=8,pp=4,vpp=2 --to tp=8"
@@ -64,7 +69,10 @@ EXAMPLES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
+    if options.folder is not None:
+        os.chdir(options.folder)
+        arguments = arguments[arguments.index(options.command_name) :]  # for ranks, which are started in that folder
     command: Callable[[argparse.Namespace, list[str]], int] = options.command
     try:
         return command(options, arguments)
@@ -81,9 +89,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line; overrides may also stand after options, where argparse leaves them over."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strange = [text for text in rest if text.startswith("-") or "overrides" not in options]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-r1z", description="Dr. GRPO on a Megatron-core policy, with rollouts by vLLM.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.add_argument("-C", dest="folder", metavar="FOLDER", type=_folder, help="work in FOLDER instead of the current one")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command_name")
     for name, command, text in (
         ("train", _train, "reinforcement learning by Dr. GRPO from a run's YAML"),
         ("pretrain", _pretrain, "next-token training on text from a run's YAML"),
@@ -98,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_grade(commands)
     _add_plan(commands)
+    _add_launch(commands)
     text = "what this machine can do: libraries, what takes the place of missing ones, FP8 recipes; always ends with status 0"
     _add_command(commands, "doctor", _doctor, text)
     return parser
@@ -180,6 +202,29 @@ def _add_plan(commands: Any) -> None:
         ("--network-gbs", float, Machine.network_gbs, "assumed GB/s of a rank between nodes, each direction"),
     ):
         refit.add_argument(option, type=kind, default=default, metavar="N", help=f"{help_text} (default: {default:g})")
+
+
+def _add_launch(commands: Any) -> None:
+    text = (
+        "start a run as a job, here or on a cluster, by nemo-run: ranks under torchrun, code and configuration as they are now; exit "
+        "status 0 only if the job succeeded. `launch status|logs|cancel [EXPERIMENT]` is about one that was started (default: the last)"
+    )
+    sub = _add_command(commands, "launch", _launch, text)
+    sub.add_argument("config", metavar="CONFIG|status|logs|cancel", help="YAML file of a run, or what to do with an experiment")
+    sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file; its section launch says how")
+    sub.add_argument("--command", dest="work", default="train", metavar="COMMAND", help="train (default), pretrain or evaluate")
+    sub.add_argument(
+        "--cluster", metavar="FILE", help="YAML file of devices and nodes (configs/clusters/), with a section launch of its own"
+    )
+    sub.add_argument("--executor", metavar="NAME", help="short for launch.executor=NAME")
+    sub.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    sub.add_argument("--detach", action="store_true", help="do not wait for the end of the job")
+
+
+def _folder(text: str) -> str:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return text
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -272,6 +317,12 @@ def _doctor(_options: argparse.Namespace, _arguments: list[str]) -> int:
 
     print(render(diagnose(probe())))
     return 0
+
+
+def _launch(options: argparse.Namespace, _arguments: list[str]) -> int:
+    from megatron_r1z.launch.command import about, start
+
+    return about(options) if options.config in ("status", "logs", "cancel") else start(options)
 
 
 def _plan_run(options: argparse.Namespace) -> int:

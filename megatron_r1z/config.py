@@ -4,8 +4,7 @@ Standard library plus the YAML reader, so that a login node without torch can ch
 is refused in `__post_init__` of the record it belongs to; what needs the model folder or the machine is refused by `preflight.py`.
 """
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: the command line of nemo-run reads the types of fields, not their names.
 import dataclasses
 import difflib
 import types
@@ -19,7 +18,7 @@ import yaml
 
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.yaml_tree import ConfigTree, read_tree
+from megatron_r1z.yaml_tree import ConfigTree, merged, read_tree
 
 Template = Literal["r1", "qwen_math", "no", "few_shot", "chat"]
 GradingMode = Literal["strict", "fast", "math_verify"]
@@ -31,6 +30,7 @@ Algorithm = Literal["drgrpo", "grpo", "grpo_remove_std_bias", "grpo_remove_len_b
 Recompute = Literal["none", "selective", "full"]
 NumberFormat = Literal["fp32", "bf16"]
 Fp8Recipe = Literal["blockwise", "mxfp8", "tensorwise", "delayed"]
+Executor = Literal["local", "slurm", "docker", "skypilot", "skypilot_jobs", "dgxcloud", "kubeflow", "lepton"]
 Scalar = str | int | float | bool
 
 
@@ -607,6 +607,72 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SshConfig:
+    """A login node that `launch` submits from; its folder must be seen by the nodes of the job."""
+
+    host: str
+    """Name of the login node."""
+    user: str
+    """User there."""
+    folder: str
+    """Folder there for the files of jobs."""
+    identity: str | None = None
+    """Private key; without it nemo-run asks for a password."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Where `launch` starts a run, and how. A cluster file may have this section too; what the run's file says goes before it."""
+
+    executor: Executor = "local"
+    """`local`: torchrun on this machine; the others are nemo-run's executors of that name."""
+    ranks_per_node: int | None = None
+    """Default: the devices of a node of the cluster file; without one, all ranks are on one node."""
+    hours: float = 4.0
+    """Time limit of a Slurm job. Five minutes before it, the ranks are told to save a checkpoint and end."""
+    restarts: int = 0
+    """How often the job is started again after it failed or came to its time limit; it goes on from its last checkpoint."""
+    folder: str | None = None
+    """Folder of the job that the run's relative paths start from; default: the current one."""
+    environment: str | None = None
+    """Virtual environment of the job; default: `.venv` of the current folder, where there is one and no container."""
+    container: str | None = None
+    """Image of the job, which then brings the libraries along. Slurm needs pyxis for it."""
+    mounts: tuple[str, ...] = ()
+    """What the container sees of the machine, as `/outside:/inside`."""
+    variables: Mapping[str, Scalar] = field(default_factory=dict)
+    """Environment variables of the job."""
+    setup: tuple[str, ...] = ()
+    """Shell lines that come before the ranks, such as `module load cuda`. Slurm and SkyPilot have a place for them."""
+    ssh: SshConfig | None = None
+    """Submit to Slurm on another machine."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of nemo-run's executor by its own names, such as `{account: me, partition: h100}` for Slurm."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "hours")
+        _not_negative(self, "restarts")
+        if self.ranks_per_node is not None:
+            _positive(self, "ranks_per_node")
+        if self.executor == "local":
+            self._refuse("container", "mounts", "setup", why="a local run has the environment that it is started in")
+        if self.container is None:
+            self._refuse("mounts", why="there is no container")
+        elif self.environment is not None:
+            raise ConfigError("launch: environment and container are two places for the libraries to come from; set one.")
+        if self.executor != "slurm":
+            self._refuse("ssh", why=f"executor {self.executor} has no login node")
+
+    def _refuse(self, *names: str, why: str) -> None:
+        for name in names:
+            if getattr(self, name):
+                raise ConfigError(f"launch.{name} is set, but {why}; remove it, or choose another launch.executor.")
+
+
+LAUNCH = "launch"
+"""The section of a file that only `launch` reads."""
+
 AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig
 Config = TypeVar("Config", TrainConfig, PretrainConfig, EvaluateConfig)
 Record = TypeVar("Record")
@@ -621,9 +687,25 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     source = read_tree(path)
     tree = source.values
     overridden = [_apply_override(tree, override) for override in overrides]
+    _make_placed(LaunchConfig, tree.pop(LAUNCH, {}), source, overridden, LAUNCH)
     if kind is EvaluateConfig:
         tree = {name: section for name, section in tree.items() if name not in TRAINING_SECTIONS}
     return _make_placed(kind, tree, source, overridden)
+
+
+def load_launch(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> LaunchConfig:
+    """Read the `launch` section of the YAML at `path`; what it does not say is taken from `defaults` first.
+
+    Raises:
+        ConfigError: one sentence with the file and the key.
+    """
+    source = read_tree(path)
+    tree = source.values
+    overridden = [_apply_override(tree, override) for override in overrides]
+    section = tree.get(LAUNCH, {})
+    if defaults and isinstance(section, Mapping):
+        section = merged(defaults, section)
+    return _make_placed(LaunchConfig, section, source, overridden, LAUNCH)
 
 
 def load_record(kind: type[Record], path: str | Path) -> Record:
@@ -641,10 +723,10 @@ def make_config(kind: type[Config], tree: Mapping[str, Any]) -> Config:
     return typing.cast(Config, _build(kind, tree, ""))
 
 
-def _make_placed(kind: type[Record], tree: Mapping[str, Any], source: ConfigTree, overridden: Sequence[str]) -> Record:
-    """Build a record; what is wrong is said with the file that it stands in."""
+def _make_placed(kind: type[Record], tree: Any, source: ConfigTree, overridden: Sequence[str], where: str = "") -> Record:
+    """Build a record, that of section `where`; what is wrong is said with the file that it stands in."""
     try:
-        return typing.cast(Record, _build(kind, tree, ""))
+        return typing.cast(Record, _build(kind, tree, where))
     except _ValueError as error:
         raise ConfigError(f"{_place(source, error.key, overridden)}{error}") from error
 
@@ -780,11 +862,16 @@ def _build_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _build_mapping(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Lists by name; a value alone stands for a list of one."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _ValueError(where, f"{where} must be a mapping from names to values, such as {{name: [a, b]}}, not {value!r}.")
+    """Values by name; where they are lists, a value alone stands for a list of one."""
     kind = arguments[1]
-    return {key: _build(kind, item if isinstance(item, list | tuple) else [item], f"{where}.{key}") for key, item in value.items()}
+    lists = typing.get_origin(kind) is tuple
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        example = "{name: [a, b]}" if lists else "{name: value}"
+        raise _ValueError(where, f"{where} must be a mapping from names to values, such as {example}, not {value!r}.")
+    if kind is Any:
+        return dict(value)
+    listed = {key: [item] if lists and not isinstance(item, list | tuple) else item for key, item in value.items()}
+    return {key: _build(kind, item, f"{where}.{key}") for key, item in listed.items()}
 
 
 def _build_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:

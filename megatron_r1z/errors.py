@@ -6,6 +6,7 @@ R1ZError                 anything we raise on purpose; its text is one sentence 
 │   ├── DataError        a question file, a corpus or a model folder that cannot be used
 │   └── MissingExtraError  a library of another extra of setup.py is needed
 ├── EngineError          the rollout engine cannot serve: wrong version of the weights, or it died
+├── LaunchError          an executor did not take a job, or the job failed
 ├── TrainingError        optimizer steps came to nothing, so the run makes no progress
 ├── ExportError          weights could not be written, or do not read back as they were written
 └── RefitError           the hand-over of weights to the engine did not end in the right weights
@@ -36,6 +37,11 @@ class MissingExtraError(UsageError):
     @classmethod
     def of(cls, module: str) -> MissingExtraError:
         """For a module that cannot be imported, with what to install."""
+        if module.split(".")[0] in ("nemo_run", "leptonai"):
+            return cls(
+                f"{module} is not in this environment, which it cannot share with vLLM; run `make launch-env` and use "
+                ".venv-launch/bin/megatron-r1z launch, or: pip install 'megatron-r1z[launch]' in an environment of its own."
+            )
         return cls(
             f"{module} is not installed; run `make env`, or install the package with its extra: pip install 'megatron-r1z[cpu]' "
             "on a machine without a GPU, 'megatron-r1z[gpu]' with one."
@@ -48,6 +54,10 @@ class EngineError(R1ZError):
 
 class TrainingError(R1ZError):
     """Too many optimizer steps in a row were skipped; the last finished iteration is in a checkpoint."""
+
+
+class LaunchError(R1ZError):
+    """A job could not be started or did not succeed."""
 
 
 class ExportError(R1ZError):

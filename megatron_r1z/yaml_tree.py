@@ -5,6 +5,7 @@ Only mappings are merged; a list or a value replaces what the base has. Which fi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,13 @@ def read_tree(path: str | Path) -> ConfigTree:
     path = Path(path)
     values, origins = _merged(path, ())
     return ConfigTree(path, values, origins)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """What two trees say together; where both have a value, `above` has the last word."""
+    values = copy.deepcopy(dict(below))
+    _merge(values, above)
+    return values
 
 
 def _merged(path: Path, readers: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Path]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -25,6 +26,7 @@ INTRODUCTION = """\
      `python tools/config_docs.py > docs/configuration.md`. -->
 
 A run is one YAML file with the sections below. `train` reads all of them but `corpus`; `pretrain` and `evaluate` read those that say so.
+The section `launch` is for the command of that name only.
 Fields marked **required** have no default.
 
 ```
@@ -64,18 +66,21 @@ def page() -> str:
 
 def all_sections() -> dict[str, type[Any]]:
     """Section name to record, over all commands."""
-    return {name: record for kind in COMMANDS.values() for name, record in typing.get_type_hints(kind).items()}
+    sections = {name: record for kind in COMMANDS.values() for name, record in typing.get_type_hints(kind).items()}
+    return sections | {config.LAUNCH: config.LaunchConfig}
 
 
 def section(name: str, record: type[Any]) -> str:
     """Heading, purpose and table of one section."""
-    readers = [f"`{command}`" for command, kind in COMMANDS.items() if name in kind.__annotations__]
+    readers = [f"`{command}`" for command, kind in COMMANDS.items() if name in kind.__annotations__] or [f"`{name}`"]
     return f"\n## {name}\n\n{record.__doc__} Read by {', '.join(readers)}.\n\n{table(record)}"
 
 
 def subsections(record: type[Any]) -> dict[str, type[Any]]:
-    """Fields of a section that are sections themselves."""
-    return {name: kind for name, kind in typing.get_type_hints(record).items() if dataclasses.is_dataclass(kind)}
+    """Fields of a section that are sections themselves, if they are there."""
+    hints = typing.get_type_hints(record).items()
+    kinds = [(name, kind) for name, hint in hints for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))]
+    return {name: kind for name, kind in kinds if dataclasses.is_dataclass(kind)}
 
 
 def table(record: type[Any]) -> str:
@@ -109,7 +114,7 @@ def show_type(hint: Any) -> str:
     if origin is tuple:
         return f"list of {show_type(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} x {show_type(arguments[0])}"
     if origin is Mapping:
-        return "values or lists of values by column"
+        return "values or lists of values by column" if typing.get_origin(arguments[1]) is tuple else "values by name"
     if type(None) in arguments:
         return " or ".join("null" if argument is type(None) else show_type(argument) for argument in arguments)
     names = {

@@ -2,6 +2,7 @@
 # Make .venv: the CPU environment of tests, checks and the quickstart. Does nothing when it is up to date.
 #
 #     tools/make_env.sh [FOLDER [EXTRAS [PYTHON]]]     another environment, by default: .venv cpu,dev python3.11
+#     tools/make_env.sh .venv-launch launch            that of `megatron-r1z launch`, without torch and vLLM
 #
 # Packages come from wherever pip is configured to look. The CPU build of torch carries a local version (+cpu) that the main index
 # does not have: only where pip sees no such file is PyTorch's own CPU index added.
@@ -25,6 +26,9 @@ key() { { cat setup.py tools/make_env.sh; pwd -P; echo "$extras"; } | sha256sum 
 is_current() { [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(key)" ]]; }
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; }
+
+# Only the environment of `launch` has no torch.
+has_torch() { [[ $extras != launch ]]; }
 
 find_python() {
     local candidate
@@ -61,10 +65,13 @@ index_option() {
 }
 
 install() {
-    local option
-    option=$(index_option)
+    local option="" cost="1 minute and 0.6 GB"
+    if has_torch; then
+        option=$(index_option)
+        cost="2 minutes and 3.5 GB"
+    fi
     [[ -z $option ]] || say "pip's indices have no CPU build of torch; adding $torch_index"
-    say "installing the packages of setup.py: about 2 minutes and 3.5 GB of disk"
+    say "installing the packages of setup.py: about $cost of disk"
     "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check ${option:+"$option"} --editable ".[$extras]" \
         || die "pip could not install the packages of setup.py; its message is above."
     "$venv/bin/python" -m pip uninstall --quiet --yes "${unwanted[@]}" 2>/dev/null
@@ -72,7 +79,7 @@ install() {
 
 main() {
     if is_current; then return; fi
-    need_compiler
+    if has_torch; then need_compiler; fi
     mkdir -p "$venv"
     if command -v flock >/dev/null; then
         exec 9>"$venv/.lock"

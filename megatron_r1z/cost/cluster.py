@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_r1z.config import load_record
+from megatron_r1z.config import LaunchConfig, load_record
 from megatron_r1z.errors import ConfigError
 
 GIB = 1 << 30
@@ -51,9 +51,11 @@ class Cluster:
     """GB/s between a device and its host's memory, each direction."""
     host_memory_gib: float
     """Of a node."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """How `launch` starts jobs there; `plan` has no use for it."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "cluster", but=("gpu",))
+        _check_positive(self, "cluster", but=("gpu", "launch"))
 
     @property
     def num_gpus(self) -> int:

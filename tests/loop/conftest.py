@@ -21,6 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 8
 BUDGET = 48
+TP2 = ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=1", "rollout.tensor_parallel_size=2")
 MARK = "R1Z_TEST_RUN"
 """In the environment of every process of a run, so that its processes can be told from all others."""
 ENVIRONMENT = {
@@ -104,6 +105,27 @@ class Command:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+def rows_of(folder: Path, unit: str = "iteration") -> list[dict[str, float]]:
+    """Rows of `metrics.jsonl`, those of evaluations among them."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if unit in row]
+
+
+def iterations_of(folder: Path) -> list[dict[str, float]]:
+    return [row for row in rows_of(folder) if "rollout/reward_mean" in row]
+
+
+def has_iteration(folder: Path, number: int) -> bool:
+    return any(row["iteration"] >= number for row in iterations_of(folder))
+
+
+def figures_of(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run without seconds, and without those that hold nothing else: a stopped run has one checkpoint more."""
+    rows = [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows_of(folder)]
+    return [{name: value for name, value in row.items() if name != "refit/seconds_s"} for row in rows if len(row) > 1]
 
 
 def segments() -> list[str]:
@@ -225,3 +247,10 @@ def training(base: Path, task: Task) -> list[str]:
         "optimizer.lr=3e-5",
         "checkpoint.every=4",
     ]
+
+
+@pytest.fixture(scope="session")
+def unbroken(training: list[str], cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """Tensor parallel on both sides, run to the end: its folder and its outcome."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, cli.run("train", *training, *TP2, f"logging.folder={folder}")

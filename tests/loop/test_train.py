@@ -21,11 +21,10 @@ import zstandard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.loop.conftest import BUDGET, ITERATIONS
+from tests.loop.conftest import BUDGET, ITERATIONS, TP2, figures_of, has_iteration, iterations_of, rows_of
 
 pytestmark = pytest.mark.slow
 
-TP2 = ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=1", "rollout.tensor_parallel_size=2")
 PP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=2")
 CP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1", "parallel.context_parallel_size=2")
 DP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1")
@@ -42,13 +41,6 @@ outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], Sampli
 with open(output, "w") as file:
     json.dump([list(item.outputs[0].token_ids) for item in outputs], file)
 """
-
-
-@pytest.fixture(scope="session")
-def unbroken(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Tensor parallel on both sides, run to the end: its folder and its outcome."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    return folder, cli.run("train", *training, *TP2, f"logging.folder={folder}")
 
 
 @pytest.fixture(scope="session")
@@ -72,27 +64,6 @@ def two_steps(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFa
         arguments = [*training, *layout, *TWO_ENGINES, *TWO_STEPS, "algorithm.iterations=2", f"logging.folder={folder}"]
         runs[name] = folder, cli.run("train", *arguments, torchrun=torchrun)
     return runs
-
-
-def rows_of(folder: Path, unit: str = "iteration") -> list[dict[str, float]]:
-    """Rows of `metrics.jsonl`, those of evaluations among them."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if unit in row]
-
-
-def iterations_of(folder: Path) -> list[dict[str, float]]:
-    return [row for row in rows_of(folder) if "rollout/reward_mean" in row]
-
-
-def has_iteration(folder: Path, number: int) -> bool:
-    return any(row["iteration"] >= number for row in iterations_of(folder))
-
-
-def figures_of(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run without seconds, and without those that hold nothing else: a stopped run has one checkpoint more."""
-    rows = [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows_of(folder)]
-    return [{name: value for name, value in row.items() if name != "refit/seconds_s"} for row in rows if len(row) > 1]
 
 
 def newest_checkpoint(folder: Path) -> str:

@@ -25,6 +25,7 @@ ALLOWED = {
     "yaml_tree.py": {"yaml"},
     "layout/": set(),
     "cost/": set(),
+    "launch/": {"nemo_run", "yaml"},
     "model_checks.py": set(),
     "objective.py": {"torch"},
     "packing.py": {"torch"},
@@ -35,7 +36,7 @@ HOMES = {
     "megatron": ("policy/", "checkpoint.py"),
     "transformer_engine": ("policy/",),
     "vllm": ("rollout/",),
-    "nemo_run": ("launch.py",),
+    "nemo_run": ("launch/",),
 }
 PARTS = ("policy", "rollout", "reshard")
 

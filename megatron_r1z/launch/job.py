@@ -1,0 +1,108 @@
+"""What `launch` starts: one command of ours on so many nodes, with the code and the configuration as they were at that moment."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_r1z.config import (
+    LAUNCH,
+    AnyConfig,
+    EvaluateConfig,
+    LaunchConfig,
+    PretrainConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+    load_launch,
+)
+from megatron_r1z.cost.cluster import Cluster, load_cluster
+from megatron_r1z.errors import ConfigError
+from megatron_r1z.yaml_tree import read_tree
+
+Work = Literal["train", "pretrain", "evaluate"]
+WORK: tuple[Work, ...] = get_args(Work)
+KINDS: dict[Work, Any] = {"train": TrainConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig}
+
+JOB_FOLDER = Path("/nemo_run")
+"""Where a job sees its own folder. nemo-run mounts it there in a container and puts the real path in its place without one."""
+CODE = JOB_FOLDER / "code"
+PACKAGE = Path(__file__).parents[1]
+"""Our code, as it is here."""
+RUN_FILE = "run.yaml"
+"""The resolved configuration, beside the code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run and the place that it is to be started in."""
+
+    name: str
+    """Of the experiment: letters, digits, dots, dashes and underscores."""
+    work: Work
+    config: AnyConfig
+    launch: LaunchConfig
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int | None
+    """Devices to ask for on each node; None: a run without GPUs, or one whose executor is asked by `launch.options`."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder in the job that relative paths of the run start from."""
+        return Path(self.launch.folder) if self.launch.folder is not None else Path.cwd()
+
+    @property
+    def is_local(self) -> bool:
+        """It runs here, with the code and in the environment that are here."""
+        return self.launch.executor == "local"
+
+    def arguments(self, code: Path) -> list[str]:
+        """What follows `python -m megatron_r1z`; `code` is the folder that the job finds its configuration in."""
+        return ["-C", str(self.folder), self.work, str(code / RUN_FILE)]
+
+
+def make_job(path: str, overrides: Sequence[str] = (), *, work: Work = "train", cluster_path: str | None = None) -> Job:
+    """Read a run's file and, where one is given, the cluster's, and check that they go together.
+
+    Raises:
+        ConfigError: one sentence, before anything is submitted.
+    """
+    cluster = None if cluster_path is None else load_cluster(cluster_path)
+    defaults = {} if cluster_path is None else read_tree(cluster_path).values.get(LAUNCH, {})
+    config = load_config(KINDS[work], path, overrides)
+    return place(Path(path).stem, work, config, load_launch(path, overrides, defaults), cluster)
+
+
+def place(name: str, work: Work, config: AnyConfig, launch: LaunchConfig, cluster: Cluster | None) -> Job:
+    """Spread the ranks of a run over equal nodes.
+
+    Raises:
+        ConfigError: the ranks do not fill nodes, or the cluster has too few of them.
+    """
+    ranks = config.parallel.num_ranks
+    per_node = launch.ranks_per_node or min(ranks, ranks if cluster is None else cluster.gpus_per_node)
+    if cluster is not None and per_node > cluster.gpus_per_node:
+        raise ConfigError(f"launch.ranks_per_node is {per_node}, but a node of the cluster has {cluster.gpus_per_node} devices.")
+    if ranks % per_node:
+        raise ConfigError(
+            f"{ranks} ranks do not fill nodes of {per_node}; change parallel.num_ranks to a multiple of it, or launch.ranks_per_node."
+        )
+    nodes = ranks // per_node
+    if cluster is not None and nodes > cluster.nodes:
+        raise ConfigError(f"{ranks} ranks, {per_node} on a node, need {nodes} nodes; the cluster has {cluster.nodes}.")
+    if launch.executor in ("local", "docker") and nodes > 1:
+        raise ConfigError(f"executor {launch.executor} has one node, and {ranks} ranks of {per_node} on a node need {nodes}.")
+    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
+    gpus = None if cluster is None else per_node
+    return Job(name=safe, work=work, config=config, launch=launch, nodes=nodes, ranks_per_node=per_node, gpus_per_node=gpus)
+
+
+def stage(job: Job, folder: Path) -> None:
+    """Put into an empty folder what a job takes along and runs, also when it is started again: our code and the resolved configuration."""
+    if not job.is_local:
+        shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / RUN_FILE).write_text(dump_config(job.config), encoding="utf-8")
