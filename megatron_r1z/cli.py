@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from megatron_r1z import sweep
 from megatron_r1z.config import (
     ITEMSIZE,
     AnyConfig,
@@ -54,6 +56,10 @@ EXAMPLES = {
     "convert": "megatron-r1z convert runs/quickstart/rl/checkpoints/step_000016 exported --dtype bf16",
     "grade": "megatron-r1z grade --mode strict < answers.jsonl > verdicts.jsonl",
     "doctor": "megatron-r1z doctor",
+    "sweep": (
+        "megatron-r1z sweep configs/template-x-questions-1.5b.yaml --over 'data.template=[r1, qwen_math, \"no\"]'\n"
+        "         megatron-r1z sweep configs/quickstart.yaml --over algorithm.name=[drgrpo,grpo] --over data.seed,rollout.seed=[0,1,2]"
+    ),
     "launch": (
         "megatron-r1z launch configs/quickstart.yaml --executor local\n"
         "         megatron-r1z launch configs/qwen2.5-7b-h100.yaml --cluster my-cluster.yaml launch.hours=12 launch.restarts=3\n"
@@ -119,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_grade(commands)
     _add_plan(commands)
+    _add_sweep(commands)
     _add_launch(commands)
     text = "what this machine can do: libraries, what takes the place of missing ones, FP8 recipes; always ends with status 0"
     _add_command(commands, "doctor", _doctor, text)
@@ -213,6 +220,30 @@ def _add_launch(commands: Any) -> None:
     sub.add_argument("config", metavar="CONFIG|status|logs|cancel", help="YAML file of a run, or what to do with an experiment")
     sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file; its section launch says how")
     sub.add_argument("--command", dest="work", default="train", metavar="COMMAND", help="train (default), pretrain or evaluate")
+    _add_place(sub)
+
+
+def _add_sweep(commands: Any) -> None:
+    text = (
+        "train once for every combination of some values, in folders below that of the file, and print a table; goes on where it "
+        "was stopped. One run after the other on this machine, or with --executor all of them as jobs of one experiment (docs/launch.md)"
+    )
+    sub = _add_command(commands, "sweep", _sweep, text)
+    sub.add_argument("config", help="YAML file of a training run")
+    sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file for all runs")
+    sub.add_argument(
+        "--over",
+        action="append",
+        required=True,
+        metavar="FIELD=[VALUE,...]",
+        help="values of a field in turn, or of several (FIELD,FIELD=...) that take the same; once for each axis",
+    )
+    sub.add_argument("--table", action="store_true", help="print the table of what there is, and run nothing")
+    _add_place(sub)
+
+
+def _add_place(sub: argparse.ArgumentParser) -> None:
+    """Options of the commands that submit jobs."""
     sub.add_argument(
         "--cluster", metavar="FILE", help="YAML file of devices and nodes (configs/clusters/), with a section launch of its own"
     )
@@ -323,6 +354,37 @@ def _launch(options: argparse.Namespace, _arguments: list[str]) -> int:
     from megatron_r1z.launch.command import about, start
 
     return about(options) if options.config in ("status", "logs", "cancel") else start(options)
+
+
+def _sweep(options: argparse.Namespace, _arguments: list[str]) -> int:
+    axes = [sweep.parse_axis(text) for text in options.over]
+    cells = sweep.make_cells(options.config, axes, options.overrides)
+    failed: list[sweep.Cell] = []
+    stopped = False
+    try:
+        if options.executor is not None:
+            _launch_sweep(options, [cell for cell in cells if not sweep.is_through(cell)])
+        elif not options.table:
+            failed, stopped = sweep.run_here(options.config, cells)
+    finally:
+        if not options.dry_run:
+            scores = [sweep.score(cell) for cell in cells]
+            sweep.write(axes, cells, scores)
+            print(f"\n{sweep.render(axes, cells, scores)}\n\ntable        {sweep.sweep_folder(cells) / sweep.TABLE_FILE}")
+    if failed:
+        raise R1ZError(f"{len(failed)} of {len(cells)} runs failed, the first is {failed[0].name}; the same command tries them again.")
+    return STOPPED if stopped else 0
+
+
+def _launch_sweep(options: argparse.Namespace, cells: list[sweep.Cell]) -> None:
+    from megatron_r1z.launch.command import start_jobs
+    from megatron_r1z.launch.job import make_jobs
+
+    if options.executor == "local":
+        raise ConfigError("sweep runs on this machine by itself, one run after the other; leave out --executor local.")
+    if cells:
+        overridden = [dataclasses.replace(cell, overrides=(*cell.overrides, f"launch.executor={options.executor}")) for cell in cells]
+        start_jobs(make_jobs(options.config, overridden, options.cluster), options)
 
 
 def _plan_run(options: argparse.Namespace) -> int:

@@ -1,4 +1,7 @@
-"""Submits jobs, watches them, and finds them again later. An experiment of nemo-run is one launch; it has one job."""
+"""Submits jobs, watches them, and finds them again later.
+
+An experiment of nemo-run is one launch, of one job or of all jobs of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,9 +34,10 @@ SUCCEEDED = "SUCCEEDED"
 
 @dataclass(frozen=True)
 class State:
-    """What became of one launch."""
+    """What became of one job."""
 
     experiment: str
+    name: str
     executor: str
     state: str
     """nemo-run's word, such as PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLED, UNKNOWN."""
@@ -43,50 +47,52 @@ class State:
     """Logs and scripts."""
 
 
-def script_of(job: Job) -> str:
-    """What would be submitted: the batch script of a Slurm job, nemo-run's request for other executors.
+def scripts_of(jobs: Sequence[Job]) -> list[str]:
+    """What would be submitted: the batch script of each Slurm job, nemo-run's request for other executors.
 
     Raises:
         ConfigError: nothing could be submitted like this.
     """
-    with _staged(job) as code, _experiment(job, code) as experiment:
+    with _experiment(jobs) as experiment:
         folder = Path(experiment._exp_dir)
         try:
             experiment.dryrun(log=False, delete_exp_dir=False)
-            scripts = sorted(folder.glob("*_sbatch.sh"))
-            if scripts:
-                return scripts[0].read_text(encoding="utf-8")
-            return str(experiment.jobs[0]._dryrun_info)
+            scripts = [folder / f"{job.name}_sbatch.sh" for job in jobs]
+            return [
+                script.read_text(encoding="utf-8") if script.exists() else str(made._dryrun_info)
+                for script, made in zip(scripts, experiment.jobs, strict=True)
+            ]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(job: Job, *, detach: bool = False) -> State:
-    """Start a job and, unless `detach`, follow its output to its end.
+def submit(jobs: Sequence[Job], *, detach: bool = False) -> list[State]:
+    """Start jobs, all at once, and, unless `detach`, follow their output to their end.
 
-    A signal while a local job is followed stops the run, which saves a checkpoint; a job elsewhere goes on.
+    A signal while a local job is followed stops the run, which saves a checkpoint; jobs elsewhere go on.
 
     Raises:
         ConfigError: nothing could be submitted like this.
-        LaunchError: the executor did not take it.
+        LaunchError: the executor did not take them.
     """
-    if detach and job.launch.executor in ("local", "docker"):
-        raise ConfigError(f"executor {job.launch.executor} ends with this command; leave out --detach.")
-    files_are_here = job.launch.executor in ("local", "slurm") and job.launch.ssh is None
-    with _staged(job) as code, _experiment(job, code) as experiment:
+    launch = jobs[0].launch
+    if detach and launch.executor in ("local", "docker"):
+        raise ConfigError(f"executor {launch.executor} ends with this command; leave out --detach.")
+    files_are_here = launch.executor in ("local", "slurm") and launch.ssh is None
+    with _experiment(jobs) as experiment:
         name = experiment._id
         try:
             experiment.run(detach=detach, tail_logs=not detach and not files_are_here)
         except Exception as error:  # whatever a service, a tool or a connection comes up with
-            raise LaunchError(f"{job.launch.executor} did not take the job: {_reason(error)}.") from error
+            raise LaunchError(f"{launch.executor} did not take the job: {_reason(error)}.") from error
         if detach:
-            return _state(experiment)
-        folder = Path(experiment.jobs[0].executor.job_dir)
-        print(f"experiment {name} on {job.launch.executor}; its files are in {folder}", flush=True)
-        with _interrupts(name, local=job.is_local), _followed(folder) if files_are_here else contextlib.nullcontext():
+            return _states(experiment)
+        folder = Path(experiment._exp_dir)
+        print(f"experiment {name} on {launch.executor}; its files are in {folder}", flush=True)
+        with _interrupts(name, local=jobs[0].is_local), _followed(folder) if files_are_here else contextlib.nullcontext():
             experiment._wait_for_jobs(jobs=experiment.jobs)
         experiment._waited = True
-        return _state(experiment)
+        return _states(experiment)
 
 
 def find(name: str | None) -> Any:
@@ -103,53 +109,55 @@ def find(name: str | None) -> Any:
 
 
 def recent() -> list[State]:
-    """The last experiments, newest first."""
-    return [_state(run.Experiment._from_config(str(folder))) for folder in _folders()[:RECENT]]
+    """The jobs of the last experiments, newest first."""
+    return [found for folder in _folders()[:RECENT] for found in _states(run.Experiment._from_config(str(folder)))]
 
 
-def state(name: str | None) -> State:
-    """What became of an experiment, or of the last one."""
-    return _state(find(name))
+def states(name: str | None) -> list[State]:
+    """What became of the jobs of an experiment, or of the last one."""
+    return _states(find(name))
 
 
-def cancel(name: str | None) -> State:
-    """End an experiment's job, if it still runs."""
+def cancel(name: str | None) -> list[State]:
+    """End the jobs of an experiment that still run."""
     experiment = find(name)
-    experiment.cancel(experiment.jobs[0].id)
-    return _state(experiment)
+    for job in experiment.jobs:
+        experiment.cancel(job.id)
+    return _states(experiment)
 
 
 def print_logs(name: str | None) -> None:
-    """Print what a job has said so far, every start of it; those of a service are fetched by nemo-run."""
+    """Print what the jobs have said so far, every start of them; what a service has is fetched by nemo-run."""
     experiment = find(name)
-    paths = _log_files(Path(experiment.jobs[0].executor.job_dir))
+    paths = _log_files(Path(experiment._exp_dir))
     if not paths:
-        experiment.logs(experiment.jobs[0].id)
+        for job in experiment.jobs:
+            experiment.logs(job.id)
     for path in paths:
         print(f"== {path}")
         print(path.read_text(encoding="utf-8", errors="replace"), end="")
 
 
 @contextlib.contextmanager
-def _staged(job: Job) -> Iterator[Path]:
-    """The code that the job takes along, in a folder that lasts until it is submitted."""
-    with tempfile.TemporaryDirectory(prefix="r1z_launch_") as folder:
-        stage(job, Path(folder))
-        yield Path(folder)
-
-
-@contextlib.contextmanager
-def _experiment(job: Job, code: Path) -> Iterator[Any]:
-    """An experiment of nemo-run with the job in it."""
-    _check_paths(job)
+def _experiment(jobs: Sequence[Job]) -> Iterator[Any]:
+    """An experiment of nemo-run with the jobs in it. What they take along lies in a folder that lasts until they are submitted."""
     CONSOLE.quiet = True  # it would tell on standard output, beside ours, how it goes about it
-    arguments = job.arguments(code if job.is_local else CODE)
-    script = run.Script(path="megatron_r1z", m=True, entrypoint="python", args=arguments)
-    executor = make_executor(job, code)
     options = {"log_level": "WARNING", "enable_goodbye_message": False, "skip_status_at_exit": True, "clean_mode": True}
-    with run.Experiment(job.name, executor=executor, **options) as experiment:
-        experiment.add(script, name=job.name)
-        yield experiment
+    with tempfile.TemporaryDirectory(prefix="r1z_launch_") as folder:
+        tasks = [(job, *_task(job, Path(folder) / str(number))) for number, job in enumerate(jobs)]
+        with run.Experiment(jobs[0].experiment, executor=tasks[0][2], **options) as experiment:
+            for job, script, executor in tasks:
+                experiment.add(script, executor=executor, name=job.name)
+            yield experiment
+
+
+def _task(job: Job, code: Path) -> tuple[Any, Any]:
+    """What nemo-run runs, and where."""
+    _check_paths(job)
+    code.mkdir()
+    stage(job, code)
+    arguments = job.arguments(code if job.is_local else CODE)
+    return run.Script(path="megatron_r1z", m=True, entrypoint="python", args=arguments), make_executor(job, code)
 
 
 def _check_paths(job: Job) -> None:
@@ -170,9 +178,12 @@ def _folders() -> list[Path]:
     return sorted(_home().glob("*/*_*"), key=lambda folder: folder.name.rpartition("_")[2], reverse=True)
 
 
-def _state(experiment: Any) -> State:
-    (found,) = experiment.status(return_dict=True).values()
-    return State(experiment._id, found["executor"], found["status"].name, found["job_id"], Path(found["local_dir"]))
+def _states(experiment: Any) -> list[State]:
+    found = experiment.status(return_dict=True)
+    return [
+        State(experiment._id, name, job["executor"], job["status"].name, job["job_id"], Path(job["local_dir"]))
+        for name, job in found.items()
+    ]
 
 
 def _reason(error: BaseException) -> str:
@@ -195,6 +206,7 @@ def _log_files(folder: Path) -> list[Path]:
 def _followed(folder: Path) -> Iterator[None]:
     """Print what the files of a job gain, those of later starts too. nemo-run follows the file of the first start only."""
     done = threading.Event()
+    several = sum(path.is_dir() for path in folder.iterdir()) > 1
     seen: dict[Path, int] = {}
 
     def print_new() -> None:
@@ -203,7 +215,7 @@ def _followed(folder: Path) -> Iterator[None]:
                 file.seek(seen.get(path, 0))
                 text = file.read()
             seen[path] = seen.get(path, 0) + len(text)
-            print(text.decode(errors="replace"), end="", flush=True)
+            print(_named(text.decode(errors="replace"), path.relative_to(folder).parts[0] if several else ""), end="", flush=True)
 
     def follow() -> None:
         while not done.wait(POLL_S):
@@ -217,6 +229,11 @@ def _followed(folder: Path) -> Iterator[None]:
         done.set()
         thread.join()
         print_new()
+
+
+def _named(text: str, name: str) -> str:
+    """Lines that begin with the name of the job that they are of."""
+    return "".join(f"{name}: {line}" for line in text.splitlines(keepends=True)) if name else text
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron_r1z.config import (
 )
 from megatron_r1z.cost.cluster import Cluster, load_cluster
 from megatron_r1z.errors import ConfigError
+from megatron_r1z.sweep import Cell
 from megatron_r1z.yaml_tree import read_tree
 
 Work = Literal["train", "pretrain", "evaluate"]
@@ -40,8 +42,10 @@ RUN_FILE = "run.yaml"
 class Job:
     """A run and the place that it is to be started in."""
 
+    experiment: str
+    """What it is submitted as, alone or with others: letters, digits, dots, dashes and underscores."""
     name: str
-    """Of the experiment: letters, digits, dots, dashes and underscores."""
+    """Its own name in the experiment, of the same letters."""
     work: Work
     config: AnyConfig
     launch: LaunchConfig
@@ -96,9 +100,31 @@ def place(name: str, work: Work, config: AnyConfig, launch: LaunchConfig, cluste
         raise ConfigError(f"{ranks} ranks, {per_node} on a node, need {nodes} nodes; the cluster has {cluster.nodes}.")
     if launch.executor in ("local", "docker") and nodes > 1:
         raise ConfigError(f"executor {launch.executor} has one node, and {ranks} ranks of {per_node} on a node need {nodes}.")
-    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
     gpus = None if cluster is None else per_node
-    return Job(name=safe, work=work, config=config, launch=launch, nodes=nodes, ranks_per_node=per_node, gpus_per_node=gpus)
+    return Job(
+        experiment=_safe(name),
+        name=_safe(name),
+        work=work,
+        config=config,
+        launch=launch,
+        nodes=nodes,
+        ranks_per_node=per_node,
+        gpus_per_node=gpus,
+    )
+
+
+def make_jobs(path: str, cells: Sequence[Cell], cluster_path: str | None = None) -> list[Job]:
+    """The runs of a sweep as the jobs of one experiment.
+
+    Raises:
+        ConfigError: one sentence, before anything is submitted.
+    """
+    jobs = [make_job(path, cell.overrides, cluster_path=cluster_path) for cell in cells]
+    return [dataclasses.replace(job, name=_safe(cell.name)) for job, cell in zip(jobs, cells, strict=True)]
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
 
 
 def stage(job: Job, folder: Path) -> None:

@@ -36,7 +36,7 @@ def start(name: str, config: TrainConfig, launch: LaunchConfig, cluster: Cluster
         ConfigError: nothing could be submitted like this.
         LaunchError: the job did not succeed.
     """
-    state = submit(place(name, "train", config, launch, cluster), detach=detach)
+    (state,) = submit([place(name, "train", config, launch, cluster)], detach=detach)
     if not detach and state.state != SUCCEEDED:
         raise LaunchError(f"experiment {state.experiment} ended as {state.state}; its files are in {state.folder}.")
     return state

@@ -20,7 +20,7 @@ from tests.loop.conftest import TP2, figures_of, has_iteration, iterations_of
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-launch" / "bin" / "python"
-DEADLINE_S = 300.0
+DEADLINE_S = 900.0
 
 pytestmark = [
     pytest.mark.slow,

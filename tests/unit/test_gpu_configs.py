@@ -65,11 +65,11 @@ def test_a_configuration_fits_the_cluster_that_its_header_names(name: str, tool:
 @pytest.mark.parametrize("name", [*PAPER, *OURS])
 def test_the_commands_in_a_header_are_accepted(name: str) -> None:
     """With their overrides; shell variables stand for values that are listed above them."""
-    found = [line for line in header(name) if "megatron_r1z train " in line or re.match("megatron-r1z (train|launch) ", line)]
+    found = [line for line in header(name) if "megatron_r1z train " in line or re.match("megatron-r1z (train|launch|sweep) ", line)]
     assert found
     for line in found:
-        arguments = shlex.split(re.split(r" train | launch | {2,}#", line)[1].rstrip("\\ "))
-        overrides = [item for item in arguments[1:] if "=" in item and "$" not in item]
+        arguments = shlex.split(re.split(r" train | launch | sweep | {2,}#", line)[1].rstrip("\\ "))
+        overrides = [item for item in arguments[1:] if "=" in item and "$" not in item and "=[" not in item]
         config = load_config(TrainConfig, ROOT / arguments[0], overrides)
         assert arguments[0] == f"configs/{name}.yaml"
         assert config.algorithm.iterations > 0
