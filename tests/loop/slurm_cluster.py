@@ -112,7 +112,7 @@ ClusterName=loopback
 SlurmctldHost={_node()}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={_socket(folder)},cred_expire=3
+AuthInfo=socket={_socket(folder)},cred_expire=5
 CredType=cred/munge
 SlurmctldPort={control}
 SlurmdPort={daemon}
