@@ -26,7 +26,7 @@ quickstart: env ## train a small model on this machine's CPU, from nothing to a 
 
 test: env ## unit tests, then the whole loop on CPU; PYTEST_ARGS="-k name -x" goes to both
 	@echo "== unit tests (tests/unit) =="
-	@$(PYTEST) tests/unit $(PYTEST_ARGS) $(NONE_IS_FINE)
+	@$(PYTEST) --numprocesses auto --dist loadfile tests/unit $(PYTEST_ARGS) $(NONE_IS_FINE)
 	@echo "== loop tests (tests/loop) =="
 	@$(PYTEST) tests/loop $(PYTEST_ARGS) $(NONE_IS_FINE)
 
