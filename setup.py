@@ -22,6 +22,8 @@ COMMON = [
     "datasets>=5.0",
     "tensorboard>=2.21",
     "psutil>=7.0",
+    "openai>=2.25",  # `analyse` with a judge; what vLLM asks for
+    "matplotlib>=3.10",  # `analyse`: pictures
     "zstandard>=0.25",
     "numba>=0.61",  # copies and sums of a refit on a CPU; vLLM pins a version
 ]
@@ -56,7 +58,6 @@ EXTRAS = {
         "mypy==2.4.*",
         "types-PyYAML",
         "pre-commit>=4.0",
-        "matplotlib>=3.10",  # examples: curves
         "gguf>=0.17",  # examples: SmolLM2's weights come in this format
     ],
 }

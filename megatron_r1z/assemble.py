@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1z import __version__
+from megatron_r1z.analysis.sweep import OnDemand, Sweep, cells_of
 from megatron_r1z.checkpoint import Checkpoints, load_weights
-from megatron_r1z.config import AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
+from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
 from megatron_r1z.corpus import DocumentStream, load_documents
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
@@ -301,11 +302,7 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
     _say_sets(log, sets, config)
     if dist.get_rank() == 0:
         _write_origin(config.folder, config)
-    shape = load_shape(config.model.path)
-    sources = [] if config.model.checkpoint is None else [plan_weights(config).layout]
-    matrices = matrices_in_fp8(config, shape, *sources)
-    engine = _make_engine(config, shape, matrices)
-    _fill_engine(config, engine, matrices)
+    engine = _make_filled_engine(config)
     grader = MathGrader(config.grading, config.data.template)
     grader.self_test()
     sampling = evaluation_sampling(config.evaluation, config.rollout, _stop_strings(config, tokenizer))
@@ -315,6 +312,55 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
         grader.close()
         log.close()
     engine.close()
+
+
+@contextmanager
+def made_sweep(config: AnalyseConfig) -> Iterator[Sweep]:
+    """The analysis of this rank; one engine, made when it is first needed, serves all templates and temperatures."""
+    tokenizer = load_tokenizer(config.model.path)
+    log, stop_flag = Console() if dist.get_rank() == 0 else SilentLog(), StopFlag().install()
+    if dist.get_rank() == 0:
+        _write_origin(config.folder, config)
+    cells = {cell: config.evaluation(cell.template, cell.temperature) for cell in cells_of(config)}
+    by_template = {cell.template: evaluation for cell, evaluation in cells.items()}
+    sets = {name: load_prompts(item.data, item.evaluation.sets, tokenizer) for name, item in by_template.items()}
+    engine = OnDemand(lambda: _make_filled_engine(next(iter(cells.values()))))
+    with ExitStack() as stack:
+        graders = {name: stack.enter_context(closing(MathGrader(item.grading, name))) for name, item in by_template.items()}
+        for name, grader in graders.items():
+            log.say(f"template {name}:")
+            _say_sets(log, sets[name], by_template[name])
+            grader.self_test()
+        stack.callback(log.close)
+        yield Sweep(
+            config,
+            {
+                cell: Evaluation(
+                    config=item,
+                    sets=sets[cell.template],
+                    engine=engine,
+                    grader=graders[cell.template],
+                    sampling=evaluation_sampling(item.evaluation, item.rollout, _stop_strings(item, tokenizer)),
+                    log=log,
+                    stop_flag=stop_flag,
+                )
+                for cell, item in cells.items()
+            },
+            log,
+            stop_flag,
+        )
+    if isinstance(engine.made, VllmEngine):
+        engine.made.close()
+
+
+def _make_filled_engine(config: EvaluateConfig) -> VllmEngine:
+    """An engine that holds the weights that the configuration names."""
+    shape = load_shape(config.model.path)
+    sources = [] if config.model.checkpoint is None else [plan_weights(config).layout]
+    matrices = matrices_in_fp8(config, shape, *sources)
+    engine = _make_engine(config, shape, matrices)
+    _fill_engine(config, engine, matrices)
+    return engine
 
 
 def _fill_engine(config: EvaluateConfig, engine: VllmEngine, matrices: Collection[str]) -> None:

@@ -1,6 +1,6 @@
 """The command line. Exit status: 0 success, 1 a run that failed, 2 a mistake that the user can put right, 130 stopped by a signal.
 
-`train`, `pretrain`, `evaluate` and `convert` start their ranks themselves; under torchrun the same command is one rank.
+`train`, `pretrain`, `evaluate`, `analyse` and `convert` start their ranks themselves; under torchrun the same command is one rank.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from megatron_r1z import sweep
 from megatron_r1z.config import (
     ITEMSIZE,
+    AnalyseConfig,
     AnyConfig,
     EvaluateConfig,
     GradingConfig,
@@ -52,6 +53,7 @@ EXAMPLES = {
     "train": "megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 logging.folder=runs/try",
     "pretrain": "megatron-r1z pretrain configs/quickstart-pretrain.yaml corpus.steps=200",
     "evaluate": "megatron-r1z evaluate configs/quickstart.yaml model.path=runs/quickstart/rl/hf/final logging.folder=runs/try",
+    "analyse": "megatron-r1z analyse configs/analyse-smollm2.yaml analysis.questions.limit=100 analysis.judge.url=http://localhost:8000/v1",
     "data": "megatron-r1z data configs/quickstart.yaml",
     "convert": "megatron-r1z convert runs/quickstart/rl/checkpoints/step_000016 exported --dtype bf16",
     "grade": "megatron-r1z grade --mode strict < answers.jsonl > verdicts.jsonl",
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "reinforcement learning by Dr. GRPO from a run's YAML"),
         ("pretrain", _pretrain, "next-token training on text from a run's YAML"),
         ("evaluate", _evaluate, "accuracy of a model folder or checkpoint on question files; goes on where it was stopped"),
+        ("analyse", _analyse, "what a base model can do under several templates and temperatures; goes on where it was stopped"),
         ("data", _data, "what is in the question files of a run, and whether training holds evaluation questions"),
     ):
         sub = _add_command(commands, name, command, text)
@@ -271,6 +274,11 @@ def _pretrain(options: argparse.Namespace, arguments: list[str]) -> int:
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(EvaluateConfig, options.config, options.overrides)
     return _run(config, lambda: _check_evaluate(config), lambda: _evaluate_rank(config), options, arguments)
+
+
+def _analyse(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load_config(AnalyseConfig, options.config, options.overrides)
+    return _run(config, lambda: _check_analyse(config), lambda: _analyse_rank(config), options, arguments)
 
 
 def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -459,6 +467,12 @@ def _check_evaluate(config: EvaluateConfig) -> None:
     check_evaluate(config)
 
 
+def _check_analyse(config: AnalyseConfig) -> None:
+    from megatron_r1z.preflight import check_analyse
+
+    check_analyse(config)
+
+
 def _train_rank(config: TrainConfig) -> int:
     from megatron_r1z.assemble import made_run
     from megatron_r1z.loop import train
@@ -482,6 +496,22 @@ def _evaluate_rank(config: EvaluateConfig) -> int:
         run.log.say(f"results      {run.folder}")
         if not finished:
             run.log.say("stopped on request; the same command goes on where it was stopped")
+    return 0 if finished else STOPPED
+
+
+def _analyse_rank(config: AnalyseConfig) -> int:
+    from megatron_r1z.analysis.sweep import finish, sample
+    from megatron_r1z.assemble import joined_ranks, made_sweep
+
+    with joined_ranks(config), made_sweep(config) as sweep:
+        records = sample(sweep)
+    finished = records is not None
+    if records is not None and os.environ["RANK"] == "0":  # the engines are gone, so a judge on this machine has their place
+        finished = finish(config, records, sweep.log, sweep.stop_flag)
+        if finished:
+            sweep.log.say(f"report       {config.folder / 'report.md'}")
+    if not finished:
+        sweep.log.say("stopped on request; the same command goes on where it was stopped")
     return 0 if finished else STOPPED
 
 

@@ -492,6 +492,104 @@ class EvaluationConfig:
             )
 
 
+REFLECTION_KEYWORDS = (
+    *("recheck", "rethink", "reassess", "reevaluate", "re-evaluate", "reevaluation", "re-examine", "reexamine", "reconsider", "reanalyze"),
+    *("double-check", "check again", "think again", "verify again", "go over the steps"),
+)
+"""Signs of self-reflection in arXiv 2503.20783, appendix D; its authors left "wait" and "try again" out as too noisy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A language model that reads the responses, behind any server of OpenAI's chat completions."""
+
+    url: str | None = None
+    """Address of the server, such as `http://localhost:8000/v1` of `vllm serve`; null: no judge."""
+    model: str = "gpt-4o-mini-2024-07-18"
+    """Name of the model at that server; the default is the paper's judge."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; null: the server asks for none."""
+    concurrency: int = 16
+    """Requests side by side."""
+    timeout_s: float = 120.0
+    """Limit of one request."""
+    retries: int = 4
+    """Repetitions of a request that failed, with growing waits, before the command ends."""
+    max_tokens: int = 300
+    """Longest reply."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "concurrency", "timeout_s", "max_tokens")
+        _not_negative(self, "retries")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"analysis.judge.url is {self.url}; it must start with http:// or https://, as http://localhost:8000/v1 does."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisConfig:
+    """What `analyse` asks the model: every question under every template at every temperature."""
+
+    questions: QuestionSource
+    """The questions."""
+    level_column: str | None = None
+    """Column of a question's level; null: nothing is told by level."""
+    templates: tuple[Template, ...] = ("no", "r1", "qwen_math")
+    """As `data.template`; the paper's three by default."""
+    shots_path: str | None = None
+    """As `data.shots_path`, for `few_shot`."""
+    system_prompt: str | None = None
+    """As `data.system_prompt`, for `chat`."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    temperatures: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    """The paper's by default; 0: greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1: off."""
+    samples: int = 8
+    """Responses to each question under each template at each temperature."""
+    k: tuple[int, ...] = ()
+    """Which pass@k are told; empty: 1, 2, 4 and so on up to `samples`."""
+    keywords: tuple[str, ...] = REFLECTION_KEYWORDS
+    """A response that contains one of them, in whatever case, shows self-reflection; the paper's by default."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """Reads the responses too, where it has a `url`."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_prompt_tokens", "samples")
+        for name in ("templates", "temperatures", "keywords", "k"):
+            self._check_list(name)
+        if any(not 1 <= k <= self.samples for k in self.k):
+            raise ConfigError(
+                f"analysis.k is {list(self.k)}; each must be at least 1 and at most analysis.samples, which is {self.samples}."
+            )
+        if "" in self.keywords:
+            raise ConfigError("analysis.keywords has an empty one, which every response contains; remove it.")
+        if ("few_shot" in self.templates) != (self.shots_path is not None):
+            raise ConfigError("analysis: template few_shot and shots_path go together; give both or neither.")
+        for temperature in self.temperatures:
+            self.evaluation(temperature)
+
+    def _check_list(self, name: str) -> None:
+        values = getattr(self, name)
+        if not values and name != "k":
+            raise ConfigError(f"analysis.{name} is empty; give at least one.")
+        if len(set(values)) < len(values):
+            raise ConfigError(f"analysis.{name} names {next(value for value in values if values.count(value) > 1)} twice; remove one.")
+
+    def evaluation(self, temperature: float) -> EvaluationConfig:
+        """How the questions are asked at one temperature."""
+        return EvaluationConfig(sets=(self.questions,), samples=self.samples, temperature=temperature, top_p=self.top_p)
+
+    def data(self, template: Template) -> DataConfig:
+        """How the questions are put under one template."""
+        shots_path = self.shots_path if template == "few_shot" else None
+        return DataConfig(
+            template=template, shots_path=shots_path, system_prompt=self.system_prompt, max_prompt_tokens=self.max_prompt_tokens
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Where a run leaves its traces."""
@@ -595,6 +693,41 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnalyseConfig:
+    """An analysis of a base model: `megatron-r1z analyse`."""
+
+    model: ModelConfig
+    analysis: AnalysisConfig
+    logging: LoggingConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
+
+    def __post_init__(self) -> None:
+        for template in self.analysis.templates:
+            self.evaluation(template, self.analysis.temperatures[0])
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go: `analysis` in the run folder."""
+        return Path(self.logging.folder) / "analysis"
+
+    def evaluation(self, template: Template, temperature: float) -> EvaluateConfig:
+        """The same questions under one template at one temperature, as an evaluation."""
+        return EvaluateConfig(
+            model=self.model,
+            evaluation=self.analysis.evaluation(temperature),
+            logging=self.logging,
+            data=self.analysis.data(template),
+            parallel=self.parallel,
+            precision=self.precision,
+            rollout=self.rollout,
+            grading=self.grading,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Next-token training on text: `megatron-r1z pretrain`."""
 
@@ -673,8 +806,8 @@ class LaunchConfig:
 LAUNCH = "launch"
 """The section of a file that only `launch` reads."""
 
-AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig
-Config = TypeVar("Config", TrainConfig, PretrainConfig, EvaluateConfig)
+AnyConfig = TrainConfig | PretrainConfig | EvaluateConfig | AnalyseConfig
+Config = TypeVar("Config", TrainConfig, PretrainConfig, EvaluateConfig, AnalyseConfig)
 Record = TypeVar("Record")
 
 

@@ -8,6 +8,7 @@ R1ZError                 anything we raise on purpose; its text is one sentence 
 ├── EngineError          the rollout engine cannot serve: wrong version of the weights, or it died
 ├── LaunchError          an executor did not take a job, or the job failed
 ├── TrainingError        optimizer steps came to nothing, so the run makes no progress
+├── JudgeError           the language model that reads responses does not answer
 ├── ExportError          weights could not be written, or do not read back as they were written
 └── RefitError           the hand-over of weights to the engine did not end in the right weights
 """
@@ -58,6 +59,10 @@ class TrainingError(R1ZError):
 
 class LaunchError(R1ZError):
     """A job could not be started or did not succeed."""
+
+
+class JudgeError(R1ZError):
+    """The language model that reads responses does not answer; its verdicts so far are kept."""
 
 
 class ExportError(R1ZError):

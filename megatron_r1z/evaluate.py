@@ -17,7 +17,7 @@ from megatron_r1z.config import EvaluateConfig, EvaluationConfig, RolloutConfig
 from megatron_r1z.errors import DataError
 from megatron_r1z.metrics import Console, Metrics
 from megatron_r1z.prompts import PromptSet
-from megatron_r1z.protocols import Engine, Grader, Sampling
+from megatron_r1z.protocols import Grader, Sampler, Sampling
 from megatron_r1z.scores import Attempt, QuestionResult, SetScore, make_results, render, score
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import FinishReason, Prompt, VerdictKind
@@ -40,7 +40,7 @@ def evaluation_sampling(evaluation: EvaluationConfig, rollout: RolloutConfig, st
 
 
 def evaluate_prompts(
-    prompts: Sequence[Prompt], engine: Engine, grader: Grader, sampling: Sampling, policy_version: int
+    prompts: Sequence[Prompt], engine: Sampler, grader: Grader, sampling: Sampling, policy_version: int
 ) -> list[QuestionResult]:
     """The record of each prompt, in order; all ranks call this and get the same records."""
     graded = sorted(grader.grade(engine.generate(prompts, sampling, policy_version)), key=lambda item: item.group.group_id)
@@ -70,7 +70,7 @@ class Evaluation:
 
     config: EvaluateConfig
     sets: Sequence[PromptSet]
-    engine: Engine
+    engine: Sampler
     grader: Grader
     sampling: Sampling
     log: Console
@@ -92,7 +92,7 @@ def evaluate(run: Evaluation) -> bool:
     """Evaluate what is left of every set and write scores; True when all is done, False when the run was asked to stop."""
     scores = []
     for item in run.sets:
-        results = _evaluate_set(run, item)
+        results = evaluate_set(run, item, run.folder / f"{item.name}.jsonl")
         if len(results) < len(item.prompts):
             return False
         scores.append(score(item.name, results))
@@ -102,9 +102,12 @@ def evaluate(run: Evaluation) -> bool:
     return True
 
 
-def _evaluate_set(run: Evaluation, item: PromptSet) -> list[QuestionResult]:
-    """The records of a set, those on disk first. Chunks are the same in every run, so that a resumed one samples what was missed alike."""
-    path, size = run.folder / f"{item.name}.jsonl", run.questions_per_chunk
+def evaluate_set(run: Evaluation, item: PromptSet, path: Path) -> list[QuestionResult]:
+    """The records of a set, those in `path` first and the others appended to it; fewer than its questions where a stop was asked for.
+
+    Chunks are the same in every run, so that a resumed one samples what was missed alike.
+    """
+    size = run.questions_per_chunk
     results = ranks.broadcast(_read_results(path, size, item.prompts) if dist.get_rank() == 0 else [])
     if results:
         run.log.say(f"{item.name}: {len(results)} of {len(item.prompts)} questions are in {path}")

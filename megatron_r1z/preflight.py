@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1z.config import AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
+from megatron_r1z.analysis.examine import read_levels
+from megatron_r1z.analysis.judge import read_key
+from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
@@ -35,6 +37,13 @@ WITHOUT_EFFECT_ON_RESPONSES = (
     *("rollout.refit", "rollout.tensor_parallel_size", "rollout.kv_cache_bytes", "rollout.max_concurrent_sequences"),
 )
 """What may differ, besides the ranks, when an evaluation goes on; the question files are compared question by question."""
+WITHOUT_EFFECT_IN_ANALYSES = (
+    *WITHOUT_EFFECT_ON_RESPONSES,
+    *("analysis.questions", "analysis.level_column", "analysis.templates", "analysis.temperatures", "analysis.k", "analysis.keywords"),
+    *("analysis.judge", "analysis.shots_path", "analysis.system_prompt"),
+)
+"""The same of an analysis: each template at each temperature has a file, prompts are compared, and a judge's replies are kept by what
+they depend on."""
 
 
 def check_train(config: TrainConfig) -> list[str]:
@@ -62,7 +71,26 @@ def check_evaluate(config: EvaluateConfig) -> None:
     _check_weights(config, shape)
     _check_sampling(config, shape)
     load_question_sets(config.evaluation.sets)
-    _check_same_evaluation(config)
+    _check_same(config, WITHOUT_EFFECT_ON_RESPONSES)
+
+
+def check_analyse(config: AnalyseConfig) -> None:
+    """Refuse an analysis that cannot work, or that would mix its responses with those of another.
+
+    Raises:
+        UsageError: one sentence with the numbers and what to do next.
+    """
+    judge = config.analysis.judge
+    own = ("openai",) if judge.url is not None else ()
+    require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify", *own))
+    read_key(judge.api_key_env)
+    shape = load_shape(config.model.path)
+    _check_weights(config, shape)
+    for template in config.analysis.templates:
+        _check_sampling(config.evaluation(template, config.analysis.temperatures[0]), shape)
+    (questions,) = load_question_sets([config.analysis.questions])
+    read_levels(config.analysis.questions, config.analysis.level_column, {item.question_id: item for item in questions.questions})
+    _check_same(config, WITHOUT_EFFECT_IN_ANALYSES)
 
 
 def check_pretrain(config: PretrainConfig) -> None:
@@ -197,17 +225,17 @@ def _check_fp8_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape) -
         )
 
 
-def _check_same_evaluation(config: EvaluateConfig) -> None:
+def _check_same(config: EvaluateConfig | AnalyseConfig, without_effect: Sequence[str]) -> None:
     """Everything that a response depends on must be as it was; more or fewer question files are no matter."""
     path = config.folder / "config.yaml"
     if not path.exists():
         return
-    earlier = load_config(EvaluateConfig, path)
+    earlier = load_config(EvaluateConfig, path) if isinstance(config, EvaluateConfig) else load_config(AnalyseConfig, path)
     was, now = to_tree(earlier), to_tree(config)
     for section, name in [(section, name) for section, fields in was.items() for name in fields]:
-        if section != "parallel" and f"{section}.{name}" not in WITHOUT_EFFECT_ON_RESPONSES and was[section][name] != now[section][name]:
+        if section != "parallel" and f"{section}.{name}" not in without_effect and was[section][name] != now[section][name]:
             raise ConfigError(
-                f"{path.parent} holds responses of an evaluation with {section}.{name} {was[section][name]!r}, which is now "
+                f"{path.parent} holds responses with {section}.{name} {was[section][name]!r}, which is now "
                 f"{now[section][name]!r}; choose another logging.folder, or delete that folder to start again."
             )
 

@@ -27,8 +27,8 @@ class Sampling:
     seed: int
 
 
-class Engine(Protocol):
-    """Generates responses; one engine spans `tensor_parallel_size` consecutive ranks."""
+class Sampler(Protocol):
+    """Generates responses."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> list[Group]:
         """Sample for this engine's share of `prompts`; return the groups for which this rank answers.
@@ -39,6 +39,10 @@ class Engine(Protocol):
             EngineError: the engine does not hold weights that were accepted as `policy_version`.
         """
         ...
+
+
+class Engine(Sampler, Protocol):
+    """A sampler whose weights can be written; one engine spans `tensor_parallel_size` consecutive ranks."""
 
     def parameters(self) -> Mapping[str, Tensor]:
         """The parameters of this rank's shard that a refit writes, by the names of the engine's layout."""

@@ -168,7 +168,7 @@ def score(name: str, results: Sequence[QuestionResult]) -> SetScore:
         accuracy=fmean(means),
         low=low,
         high=high,
-        pass_at={k: fmean(pass_at_k(samples, result.num_right, k) for result in results) for k in _powers_up_to(samples)},
+        pass_at={k: fmean(pass_at_k(samples, result.num_right, k) for result in results) for k in powers_up_to(samples)},
         majority=fmean(votes) if votes else None,
         length=_lengths(attempts),
         length_right=_lengths([attempt for attempt in attempts if attempt.is_right]),
@@ -198,10 +198,21 @@ def interval(means: Sequence[float], samples: int) -> tuple[float, float]:
     >>> [round(bound, 3) for bound in interval([1.0] * 45 + [0.0] * 155, 1)]
     [0.173, 0.288]
     """
-    count, mean = len(means), fmean(means)
-    variance = fmean((value - mean) ** 2 for value in means) / count
-    trials = mean * (1 - mean) / variance if variance > 0 else count * samples if 0 < mean < 1 else count
-    trials = min(max(trials, count), count * samples)
+    return clustered_interval(means, [samples] * len(means))
+
+
+def clustered_interval(means: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """95 % Wilson interval of the share over all responses where question i has `counts[i]` of them, `means[i]` of which hold.
+
+    The variance is that of a ratio over clusters (Cochran, Sampling Techniques, section 6.4); with equal counts, `interval`.
+
+    >>> clustered_interval([1.0, 0.0], [3, 3]) == interval([1.0, 0.0], 3)
+    True
+    """
+    total, mean = sum(counts), fmean(means, weights=counts)
+    variance = sum((count * (value - mean)) ** 2 for value, count in zip(means, counts, strict=True)) / total**2
+    trials = mean * (1 - mean) / variance if variance > 0 else total if 0 < mean < 1 else len(means)
+    trials = min(max(trials, len(means)), total)
     centre = mean + Z_95**2 / (2 * trials)
     spread = Z_95 * math.sqrt(mean * (1 - mean) / trials + Z_95**2 / (4 * trials**2))
     scale = 1 + Z_95**2 / trials
@@ -236,7 +247,7 @@ def _row(item: SetScore, ks: Sequence[int], voted: bool) -> list[str]:
     ]
 
 
-def _powers_up_to(samples: int) -> list[int]:
+def powers_up_to(samples: int) -> list[int]:
     """1, 2, 4, ... and the number itself; nothing for one response."""
     powers = [2**exponent for exponent in range(samples.bit_length()) if 2**exponent <= samples]
     return sorted({*powers, samples}) if samples > 1 else []

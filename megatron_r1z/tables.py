@@ -1,4 +1,4 @@
-"""Tables for a terminal. Standard library only."""
+"""Tables for a terminal and for Markdown. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,3 +15,14 @@ def align(rows: Sequence[Sequence[object]]) -> list[str]:
         )
         for row in rows
     ]
+
+
+def markdown(rows: Sequence[Sequence[object]]) -> str:
+    r"""A Markdown table, the first row its header, the first column to the left and the others to the right.
+
+    >>> markdown([("set", "accuracy"), ("amc", "40 %")])
+    '| set | accuracy |\n| --- | --: |\n| amc | 40 % |'
+    """
+    header, *body = rows
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *body]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)

@@ -25,8 +25,8 @@ INTRODUCTION = """\
 <!-- Written by tools/config_docs.py from the records of megatron_r1z/config.py; change them, then run
      `python tools/config_docs.py > docs/configuration.md`. -->
 
-A run is one YAML file with the sections below. `train` reads all of them but `corpus`; `pretrain` and `evaluate` read those that say so.
-The section `launch` is for the command of that name only.
+A run is one YAML file with the sections below. `train` reads all of them but `corpus` and `analysis`; `pretrain`, `evaluate` and
+`analyse` read those that say so. The section `launch` is for the command of that name only.
 Fields marked **required** have no default.
 
 ```
@@ -43,8 +43,13 @@ megatron-r1z train configs/quickstart.yaml optimizer.lr=1e-4 rollout.stop='["\\n
 - Paths are relative to where the command is started.
 """
 
-COMMANDS = {"train": config.TrainConfig, "pretrain": config.PretrainConfig, "evaluate": config.EvaluateConfig}
-SOURCES = "Entries of `data.train` and `evaluation.sets`"
+COMMANDS = {
+    "train": config.TrainConfig,
+    "pretrain": config.PretrainConfig,
+    "evaluate": config.EvaluateConfig,
+    "analyse": config.AnalyseConfig,
+}
+SOURCES = "Entries of `data.train` and `evaluation.sets`, and `analysis.questions`"
 EXTRA = "Entries of `grading.extra`"
 
 
@@ -77,10 +82,10 @@ def section(name: str, record: type[Any]) -> str:
 
 
 def subsections(record: type[Any]) -> dict[str, type[Any]]:
-    """Fields of a section that are sections themselves, if they are there."""
+    """Fields of a section that are sections themselves, if they are there; question files have a table of their own."""
     hints = typing.get_type_hints(record).items()
     kinds = [(name, kind) for name, hint in hints for kind in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))]
-    return {name: kind for name, kind in kinds if dataclasses.is_dataclass(kind)}
+    return {name: kind for name, kind in kinds if dataclasses.is_dataclass(kind) and kind is not config.QuestionSource}
 
 
 def table(record: type[Any]) -> str:
@@ -133,7 +138,7 @@ def show_default(item: dataclasses.Field[Any]) -> str:
     default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     if default is dataclasses.MISSING:
         return "**required**"
-    text = yaml.safe_dump(config.to_tree(default), default_flow_style=True)
+    text = yaml.safe_dump(config.to_tree(default), default_flow_style=True, width=1_000_000)
     return f"`{text.removesuffix('...' + chr(10)).strip()}`"
 
 

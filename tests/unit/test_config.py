@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_r1z.config import (
     AlgorithmConfig,
+    AnalyseConfig,
     EvaluateConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -97,7 +98,8 @@ def test_any_values_survive_the_round_trip(lr: float, betas: tuple[float, float]
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configurations_of_the_repository_are_accepted(path: Path) -> None:
     sections = read_tree(path).values
-    kind: Any = PretrainConfig if "corpus" in sections else TrainConfig if "algorithm" in sections else EvaluateConfig
+    kinds = {"corpus": PretrainConfig, "algorithm": TrainConfig, "analysis": AnalyseConfig}
+    kind: Any = next((kind for section, kind in kinds.items() if section in sections), EvaluateConfig)
     config = load_config(kind, path)
     assert make_config(kind, yaml.safe_load(dump_config(config))) == config
 
@@ -387,6 +389,47 @@ def test_what_cannot_work_is_refused_with_its_numbers(overrides: list[str], sent
 def test_a_corpus_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^corpus.steps is 0; it must be above 0\.$"):
         load_config(PretrainConfig, write(tmp_path, PRETRAIN), ["corpus.steps=0"])
+
+
+ANALYSIS = {"model": {"path": "m"}, "logging": {"folder": "runs/x"}, "analysis": {"questions": {"path": "q.jsonl"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"templates": []}, "analysis.templates is empty; give at least one."),
+        ({"temperatures": [1.0, 0.5, 1.0]}, "analysis.temperatures names 1.0 twice; remove one."),
+        ({"samples": 4, "k": [1, 8]}, "analysis.k is [1, 8]; each must be at least 1 and at most analysis.samples, which is 4."),
+        ({"keywords": ["recheck", ""]}, "analysis.keywords has an empty one, which every response contains; remove it."),
+        ({"templates": ["few_shot"]}, "analysis: template few_shot and shots_path go together; give both or neither."),
+        ({"shots_path": "shots.txt"}, "analysis: template few_shot and shots_path go together; give both or neither."),
+        ({"temperatures": [0.0, 1.0]}, "evaluation.samples is 8 at temperature 0, where all responses to a question are the same"),
+        ({"judge": {"url": "localhost:8000"}}, "analysis.judge.url is localhost:8000; it must start with http:// or https://"),
+        ({"judge": {"concurrency": 0}}, "concurrency is 0; it must be above 0."),
+    ],
+)
+def test_an_analysis_that_cannot_be_is_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(AnalyseConfig, ANALYSIS | {"analysis": ANALYSIS["analysis"] | fields})
+    assert sentence in str(caught.value)
+
+
+def test_an_analysis_asks_like_an_evaluation() -> None:
+    """Each template at each temperature, the shots under `few_shot` alone."""
+    more = {"templates": ["no", "few_shot"], "shots_path": "shots.txt", "system_prompt": "Be brief.", "top_p": 0.9, "samples": 3}
+    config = make_config(AnalyseConfig, ANALYSIS | {"analysis": ANALYSIS["analysis"] | more})
+    plain, shown = (config.evaluation(template, 0.4) for template in config.analysis.templates)
+    assert (plain.data.template, plain.data.shots_path, plain.data.system_prompt) == ("no", None, "Be brief.")
+    assert (shown.data.template, shown.data.shots_path) == ("few_shot", "shots.txt")
+    assert (shown.evaluation.samples, shown.evaluation.temperature, shown.evaluation.top_p) == (3, 0.4, 0.9)
+    assert [source.path for source in shown.evaluation.sets] == ["q.jsonl"]
+
+
+def test_the_paper_s_analysis_is_the_default() -> None:
+    """Section 2 of arXiv 2503.20783: three templates, temperatures 0.1 to 1.0, eight responses."""
+    analysis = make_config(AnalyseConfig, ANALYSIS).analysis
+    assert (analysis.templates, analysis.samples) == (("no", "r1", "qwen_math"), 8)
+    assert analysis.temperatures == tuple(tenth / 10 for tenth in range(1, 11))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1z import preflight
-from megatron_r1z.config import EvaluateConfig, PretrainConfig, TrainConfig, dump_config, make_config
+from megatron_r1z.config import AnalyseConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config, make_config
 from megatron_r1z.errors import ConfigError, DataError, MissingExtraError, UsageError
-from megatron_r1z.preflight import check_evaluate, check_pretrain, check_train, require_libraries
+from megatron_r1z.preflight import check_analyse, check_evaluate, check_pretrain, check_train, require_libraries
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("vllm")
@@ -431,3 +431,57 @@ def test_responses_of_different_evaluations_are_not_mixed(folder: Path, changed:
         return
     with pytest.raises(ConfigError, match=refused):
         check_evaluate(config)
+
+
+def analyse_config(folder: Path, **sections: dict[str, Any]) -> AnalyseConfig:
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder / "model")},
+        "analysis": {"questions": {"path": str(folder / "questions.jsonl")}, "max_prompt_tokens": 56},
+        "rollout": {"max_response_tokens": 200},
+        "logging": {"folder": str(folder / "run")},
+    }
+    for name, fields in sections.items():
+        tree[name] = tree.get(name, {}) | fields
+    return make_config(AnalyseConfig, tree)
+
+
+def test_a_good_analysis_passes(folder: Path) -> None:
+    check_analyse(analyse_config(folder))
+    check_analyse(analyse_config(folder, analysis={"judge": {"url": "http://localhost:8000/v1"}}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"checkpoint": "no/such/step_000001"}}, r"model.checkpoint no/such/step_000001 is not a complete checkpoint"),
+        ({"rollout": {"max_response_tokens": 9000}}, "the model has"),
+        ({"analysis": {"questions": {"path": "no/such.jsonl"}}}, "there is no file no/such.jsonl"),
+        ({"analysis": {"level_column": "hardness"}}, "no column 'hardness'; the columns are"),
+        ({"analysis": {"templates": ["no", "few_shot"], "shots_path": "no/shots.txt"}}, "cannot read the shots file no/shots.txt"),
+        ({"analysis": {"judge": {"url": "http://x/v1", "api_key_env": "R1Z_NO_SUCH_KEY"}}}, "R1Z_NO_SUCH_KEY, which is not set"),
+    ],
+)
+def test_an_analysis_that_cannot_work_is_refused(folder: Path, sections: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_analyse(analyse_config(folder, **sections))
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({"analysis": {"samples": 4}}, r"analysis.samples 8, which is now 4"),
+        ({"rollout": {"max_response_tokens": 100}}, r"rollout.max_response_tokens 200, which is now 100"),
+        ({"analysis": {"temperatures": [0.7], "templates": ["no"], "k": [1], "keywords": ["hm"], "judge": {"url": "http://x/v1"}}}, None),
+        ({"parallel": {"num_ranks": 2}}, None),
+    ],
+)
+def test_responses_of_different_analyses_are_not_mixed(folder: Path, changed: dict[str, dict[str, Any]], refused: str | None) -> None:
+    base = analyse_config(folder)
+    base.folder.mkdir(parents=True)
+    (base.folder / "config.yaml").write_text(dump_config(base))
+    config = analyse_config(folder, **changed)
+    if refused is None:
+        check_analyse(config)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        check_analyse(config)

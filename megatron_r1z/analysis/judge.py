@@ -1,0 +1,212 @@
+"""A language model as judge of the responses, behind any server of OpenAI's chat completions; every reply is kept on disk.
+
+The questions, the categories and where a reply has its verdict are those of arXiv 2503.20783, appendices C and D; the wording is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_r1z.analysis.examine import Inquiry, Task
+from megatron_r1z.config import JudgeConfig
+from megatron_r1z.errors import ConfigError, JudgeError
+
+INSTRUCTIONS = {
+    Task.ANSWERING: """\
+Below are a question and the text that a language model wrote after it. Does the text try to answer the question? Whether the answer is \
+right does not matter.
+
+1: it tries to answer the question.
+0: it does not: it goes on with the question, writes other questions, drifts to another subject or makes no sense.
+
+Begin your reply with the digit.
+
+[Question]
+{question}
+
+[Text]
+{response}
+""",
+    Task.REFLECTION: """\
+Below are a question and a language model's response to it. Put the response into one of four categories:
+
+0: off-topic, incoherent or repetitive text.
+1: it answers the question without any self-reflection.
+2: it shows self-reflection: explicitly or implicitly it looks back at its own work, doubts it, checks it again, corrects it or starts \
+anew. Whether the answer is right does not matter.
+3: it consists of Python code and nothing else.
+
+Explain your choice in one or two sentences and end your reply with the digit of the category.
+
+[Question]
+{question}
+
+[Response]
+{response}
+""",
+}
+
+_PLACES = {Task.ANSWERING: re.compile(r"\W*([01])\b"), Task.REFLECTION: re.compile(r"(?:.*\D)?([0-3])\W*", re.DOTALL)}
+"""Where a reply has its verdict: the first word, or the whole of it up to the last digit."""
+BATCHES_PER_WRITE = 4
+"""Rounds of `concurrency` requests after which replies are on disk."""
+
+Send = Callable[[str], str | None]
+"""Puts a text to the judge and returns its reply, None where the server refuses this text, such as one that is too long for the judge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A row of the file of replies."""
+
+    key: str
+    """See `key_of`."""
+    task: str
+    reply: str | None
+    """None where the server refused the request."""
+
+    @property
+    def verdict(self) -> int | None:
+        """The digit that it gives; None where it gives none."""
+        return None if self.reply is None else parse(Task(self.task), self.reply)
+
+
+def parse(task: Task, reply: str) -> int | None:
+    """The verdict in a reply: at its beginning for `ANSWERING`, at its end for `REFLECTION`; None where there is none.
+
+    >>> parse(Task.ANSWERING, "1, it computes the sum."), parse(Task.REFLECTION, "It checks its result. Category: 2.")
+    (1, 2)
+    >>> parse(Task.ANSWERING, "It does."), parse(Task.REFLECTION, "Between 1 and 2, I think")
+    (None, None)
+    """
+    match = _PLACES[task].match(reply) if task is Task.ANSWERING else _PLACES[task].fullmatch(reply)
+    return None if match is None else int(match[1])
+
+
+def make_text(inquiry: Inquiry) -> str:
+    """What the judge reads."""
+    task, question, response = inquiry
+    before, _, rest = INSTRUCTIONS[task].partition("{question}")
+    between, _, after = rest.partition("{response}")
+    return f"{before}{question}{between}{response}{after}"
+
+
+def key_of(inquiry: Inquiry, model: str, max_tokens: int) -> str:
+    """A digest of all that decides the reply; 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps([model, max_tokens, make_text(inquiry)]).encode()).hexdigest()[:32]
+
+
+def ask(
+    inquiries: Sequence[Inquiry], config: JudgeConfig, path: Path, send: Send, should_stop: Callable[[], bool], say: Callable[[str], None]
+) -> dict[Inquiry, int | None] | None:
+    """The verdict on every inquiry, those in `path` first and the others asked for and appended to it; None where a stop was asked for.
+
+    Replies are written in the order of the inquiries, so an interrupted file ends up as an uninterrupted one.
+
+    Raises:
+        JudgeError: the server cannot be reached, or refuses everything.
+    """
+    keys = {inquiry: key_of(inquiry, config.model, config.max_tokens) for inquiry in inquiries}
+    replies = _read(path)
+    missing = [inquiry for inquiry in inquiries if keys[inquiry] not in replies]
+    if replies and inquiries:
+        say(f"judge: {len(inquiries) - len(missing)} of {len(inquiries)} replies are in {path}")
+    size = config.concurrency * BATCHES_PER_WRITE
+    with ThreadPoolExecutor(config.concurrency) as threads:
+        for start in range(0, len(missing), size):
+            if should_stop():
+                return None
+            chunk = missing[start : start + size]
+            texts = threads.map(send, map(make_text, chunk))
+            found = [Reply(keys[item], item[0].value, text) for item, text in zip(chunk, texts, strict=True)]
+            _refuse_silence(found, replies, config)
+            _append(path, found)
+            replies |= {reply.key: reply for reply in found}
+            say(f"judge: {len(inquiries) - len(missing) + start + len(chunk)} of {len(inquiries)} replies")
+    return {inquiry: replies[key].verdict for inquiry, key in keys.items()}
+
+
+def make_sender(config: JudgeConfig) -> Send:
+    """The way to the server that `config` names.
+
+    Raises:
+        ConfigError: the environment has no key.
+    """
+    from openai import APIConnectionError, APIStatusError, BadRequestError, OpenAI
+
+    client = OpenAI(base_url=config.url, api_key=read_key(config.api_key_env), timeout=config.timeout_s, max_retries=config.retries)
+
+    def send(text: str) -> str | None:
+        try:
+            answer = client.chat.completions.create(
+                model=config.model, messages=[{"role": "user", "content": text}], temperature=0.0, max_tokens=config.max_tokens
+            )
+        except BadRequestError:
+            return None
+        except APIStatusError as error:
+            reason = f"it answers with status {error.status_code} ({_first_line(error.message)})"
+            raise JudgeError(_sentence(config, reason, "check analysis.judge.url, model and api_key_env")) from error
+        except APIConnectionError as error:
+            reason = f"{_first_line(str(error)).rstrip('.')}, {config.retries + 1} times"
+            raise JudgeError(
+                _sentence(config, reason, "see whether the server runs, and whether analysis.judge.timeout_s is enough")
+            ) from error
+        return (answer.choices[0].message.content or "") if answer.choices else ""
+
+    return send
+
+
+def read_key(variable: str | None) -> str:
+    """The key in that environment variable; a server that asks for none gets a word in its place.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    if variable is None:
+        return "none"
+    if not os.environ.get(variable):
+        raise ConfigError(f"analysis.judge.api_key_env is {variable}, which is not set in the environment; export it first.")
+    return os.environ[variable]
+
+
+def _refuse_silence(found: Sequence[Reply], earlier: Mapping[str, Reply], config: JudgeConfig) -> None:
+    """One text in a while may be too long for the judge; when all are refused something else is wrong."""
+    if all(reply.reply is None for reply in found) and all(reply.reply is None for reply in earlier.values()):
+        reason = f"it refuses all of the first {len(found)} requests with status 400"
+        raise JudgeError(_sentence(config, reason, "see what it logs; the model must take chat messages, temperature and max_tokens"))
+
+
+def _sentence(config: JudgeConfig, reason: str, advice: str) -> str:
+    return f"the judge {config.model} at {config.url} gives no verdicts: {reason}; {advice}. The same command goes on with what is missing."
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "no reason given")
+
+
+def _read(path: Path) -> dict[str, Reply]:
+    """The replies on disk; the last line, which a killed run may have left incomplete, is then cut off."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(complete))
+    rows = [Reply(**json.loads(line)) for line in complete.splitlines()]
+    return {row.key: row for row in rows}
+
+
+def _append(path: Path, replies: Sequence[Reply]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write("".join(f"{json.dumps(asdict(reply))}\n" for reply in replies).encode())
+        file.flush()
+        os.fsync(file.fileno())

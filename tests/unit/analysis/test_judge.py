@@ -1,0 +1,197 @@
+"""The judge, with a server of our own behind the real client."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_r1z.analysis.examine import Inquiry, Task
+from megatron_r1z.analysis.judge import ask, key_of, make_sender, make_text, parse, read_key
+from megatron_r1z.config import JudgeConfig
+from megatron_r1z.errors import ConfigError, JudgeError
+
+INQUIRIES: list[Inquiry] = [(task, f"{index}?", f"response {index}") for index in range(5) for task in Task]
+
+
+class Server(ThreadingHTTPServer):
+    """Says 1 on answering and 2 on reflection; keeps what it was asked; answers with `statuses` first, while there are some."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.statuses: list[int] = []
+        self.refuses = ""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append({"path": self.path, **body})
+        self.server.keys.add(self.headers["Authorization"])
+        text = body["messages"][0]["content"]
+        status = self.server.statuses.pop() if self.server.statuses else 200
+        if self.server.refuses and self.server.refuses in text:
+            status = 400
+        if status != 200:
+            self.answer(status, {"error": {"message": "as the test wants it", "type": "test"}})
+            return
+        reply = "1: it does." if "Begin your reply" in text else "It checks its work again. 2"
+        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
+        self.answer(200, {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [message]})
+
+    def answer(self, status: int, tree: dict[str, Any]) -> None:
+        content = json.dumps(tree).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("retry-after-ms", "1")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as made:
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def config_of(server: Server, **fields: Any) -> JudgeConfig:
+    return JudgeConfig(url=f"http://127.0.0.1:{server.server_port}/v1", model="judge", concurrency=2, **fields)
+
+
+def ask_all(config: JudgeConfig, path: Path, stop_after: int = 1000) -> dict[Inquiry, int | None] | None:
+    calls = iter(range(1000))
+    return ask(INQUIRIES, config, path, make_sender(config), lambda: next(calls) >= stop_after, lambda _line: None)
+
+
+@pytest.mark.parametrize(
+    ("task", "reply", "verdict"),
+    [
+        (Task.ANSWERING, "1", 1),
+        (Task.ANSWERING, " **0**: it goes on with the question.", 0),
+        (Task.ANSWERING, "10", None),
+        (Task.ANSWERING, "2", None),
+        (Task.ANSWERING, "The text answers: 1", None),
+        (Task.ANSWERING, "", None),
+        (Task.REFLECTION, "It checks its work again.\n\nCategory: **2**.\n", 2),
+        (Task.REFLECTION, "3", 3),
+        (Task.REFLECTION, "It has 12", None),
+        (Task.REFLECTION, "2 because it looks back", None),
+        (Task.REFLECTION, "Category 4", None),
+        (Task.REFLECTION, "", None),
+    ],
+)
+def test_a_reply_has_its_verdict_in_one_place(task: Task, reply: str, verdict: int | None) -> None:
+    assert parse(task, reply) == verdict
+
+
+def test_the_judge_reads_question_and_response_as_they_are() -> None:
+    text = make_text((Task.ANSWERING, "What is {response}?", "{question} \\boxed{7}"))
+    assert "[Question]\nWhat is {response}?\n\n[Text]\n{question} \\boxed{7}\n" in text
+
+
+def test_a_key_has_all_that_decides_the_reply() -> None:
+    keys = {key_of(inquiry, model, tokens) for inquiry in INQUIRIES for model in ("a", "b") for tokens in (100, 300)}
+    assert len(keys) == 4 * len(INQUIRIES)
+
+
+def test_every_inquiry_gets_its_verdict_and_is_asked_once(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "judge.jsonl"
+    verdicts = ask_all(config_of(server), path)
+    assert verdicts == {inquiry: 1 if inquiry[0] is Task.ANSWERING else 2 for inquiry in INQUIRIES}
+    assert len(server.requests) == len(INQUIRIES)
+    (common,) = {(row["path"], row["model"], row["temperature"], row["max_tokens"]) for row in server.requests}
+    assert common == ("/v1/chat/completions", "judge", 0.0, 300)
+    assert server.keys == {"Bearer none"}
+    assert ask_all(config_of(server), path) == verdicts
+    assert len(server.requests) == len(INQUIRIES)
+
+
+def test_a_stopped_judge_goes_on_to_the_same_file(server: Server, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    config = config_of(server)
+    verdicts = ask_all(config, whole)
+    server.requests.clear()
+    assert ask_all(config, broken, stop_after=1) is None
+    assert 0 < len(server.requests) < len(INQUIRIES)
+    broken.write_bytes(broken.read_bytes()[:-10])  # as a kill would leave it
+    assert ask_all(config, broken) == verdicts
+    assert len(server.requests) == len(INQUIRIES) + 1
+    assert broken.read_bytes() == whole.read_bytes()
+
+
+def test_another_judge_is_asked_anew(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "judge.jsonl"
+    ask_all(config_of(server), path)
+    ask_all(replace(config_of(server), model="other"), path)
+    assert [row["model"] for row in server.requests].count("other") == len(INQUIRIES)
+
+
+def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.statuses = [429, 503]
+    verdicts = ask_all(config_of(server, retries=2), tmp_path / "judge.jsonl")
+    assert verdicts is not None
+    assert None not in verdicts.values()
+    assert len(server.requests) == len(INQUIRIES) + 2
+
+
+def test_a_refused_text_has_no_verdict_and_does_not_end_the_run(server: Server, tmp_path: Path) -> None:
+    server.refuses = "response 3"
+    path = tmp_path / "judge.jsonl"
+    verdicts = ask_all(config_of(server), path)
+    assert verdicts is not None
+    assert [inquiry for inquiry, verdict in verdicts.items() if verdict is None] == [item for item in INQUIRIES if item[2] == "response 3"]
+    assert [json.loads(line)["reply"] for line in path.read_text().splitlines()].count(None) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, r"refuses all of the first 8 requests with status 400; see what it logs"),
+        (401, r"it answers with status 401 \(.*as the test wants it.*\); check analysis.judge.url, model and api_key_env\."),
+        (404, r"it answers with status 404"),
+        (500, r"it answers with status 500"),
+    ],
+)
+def test_a_server_that_gives_no_verdicts_is_told_in_one_sentence(server: Server, tmp_path: Path, status: int, message: str) -> None:
+    server.statuses = [status] * 100
+    with pytest.raises(JudgeError, match=message) as caught:
+        ask_all(config_of(server, retries=1), tmp_path / "judge.jsonl")
+    assert str(caught.value).startswith(f"the judge judge at http://127.0.0.1:{server.server_port}/v1 gives no verdicts: ")
+    assert not (tmp_path / "judge.jsonl").exists()
+
+
+def test_a_server_that_is_not_there_is_told_in_one_sentence(server: Server, tmp_path: Path) -> None:
+    config = config_of(server, retries=0)
+    server.server_close()
+    with pytest.raises(JudgeError, match=r"Connection error, 1 times; see whether the server runs"):
+        ask_all(config, tmp_path / "judge.jsonl")
+
+
+def test_a_key_comes_from_the_environment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret")
+    ask_all(config_of(server, api_key_env="SOME_KEY"), path := tmp_path / "judge.jsonl")
+    assert server.keys == {"Bearer secret"}
+    assert "secret" not in path.read_text()
+    monkeypatch.delenv("SOME_KEY")
+    with pytest.raises(
+        ConfigError, match=r"analysis.judge.api_key_env is SOME_KEY, which is not set in the environment; export it first\."
+    ):
+        read_key("SOME_KEY")
