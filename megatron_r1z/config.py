@@ -496,7 +496,7 @@ REFLECTION_KEYWORDS = (
     *("recheck", "rethink", "reassess", "reevaluate", "re-evaluate", "reevaluation", "re-examine", "reexamine", "reconsider", "reanalyze"),
     *("double-check", "check again", "think again", "verify again", "go over the steps"),
 )
-"""Signs of self-reflection in arXiv 2503.20783, appendix D; its authors left "wait" and "try again" out as too noisy."""
+"""Signs of self-reflection in the base-model analysis of arXiv 2503.20783; its authors left "wait" and "try again" out as too noisy."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class Task(Enum):
 
 
 class Category(Enum):
-    """What a response does, in the judge's eyes; the four categories of arXiv 2503.20783, appendix D."""
+    """What a response does, in the judge's eyes; the four categories of arXiv 2503.20783."""
 
     OFF_TOPIC = 0
     """Off-topic, incoherent or repetitive."""

@@ -1,6 +1,6 @@
 """A language model as judge of the responses, behind any server of OpenAI's chat completions; every reply is kept on disk.
 
-The questions, the categories and where a reply has its verdict are those of arXiv 2503.20783, appendices C and D; the wording is ours.
+The questions, the categories and where a reply has its verdict are those of arXiv 2503.20783; the wording is ours.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from megatron_r1z.analysis.examine import Inquiry, Task
 from megatron_r1z.config import JudgeConfig
 from megatron_r1z.errors import ConfigError, JudgeError
+from megatron_r1z.metrics import Console
+from megatron_r1z.supervisor import StopFlag
 
 INSTRUCTIONS = {
     Task.ANSWERING: """\
@@ -104,7 +106,7 @@ def key_of(inquiry: Inquiry, model: str, max_tokens: int) -> str:
 
 
 def ask(
-    inquiries: Sequence[Inquiry], config: JudgeConfig, path: Path, send: Send, should_stop: Callable[[], bool], say: Callable[[str], None]
+    inquiries: Sequence[Inquiry], config: JudgeConfig, path: Path, send: Send, stop_flag: StopFlag, log: Console
 ) -> dict[Inquiry, int | None] | None:
     """The verdict on every inquiry, those in `path` first and the others asked for and appended to it; None where a stop was asked for.
 
@@ -116,20 +118,19 @@ def ask(
     keys = {inquiry: key_of(inquiry, config.model, config.max_tokens) for inquiry in inquiries}
     replies = _read(path)
     missing = [inquiry for inquiry in inquiries if keys[inquiry] not in replies]
-    if replies and inquiries:
-        say(f"judge: {len(inquiries) - len(missing)} of {len(inquiries)} replies are in {path}")
+    log.say(f"judge {config.model}: {len(inquiries) - len(missing)} of {len(inquiries)} replies are in {path}")
     size = config.concurrency * BATCHES_PER_WRITE
     with ThreadPoolExecutor(config.concurrency) as threads:
         for start in range(0, len(missing), size):
-            if should_stop():
+            if stop_flag.requested:
                 return None
+            log.phase(f"judge: reply {len(inquiries) - len(missing) + start + 1} of {len(inquiries)}")
             chunk = missing[start : start + size]
             texts = threads.map(send, map(make_text, chunk))
             found = [Reply(keys[item], item[0].value, text) for item, text in zip(chunk, texts, strict=True)]
             _refuse_silence(found, replies, config)
             _append(path, found)
             replies |= {reply.key: reply for reply in found}
-            say(f"judge: {len(inquiries) - len(missing) + start + len(chunk)} of {len(inquiries)} replies")
     return {inquiry: replies[key].verdict for inquiry, key in keys.items()}
 
 

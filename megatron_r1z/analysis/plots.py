@@ -6,7 +6,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_r1z.analysis.examine import Outcome
 from megatron_r1z.analysis.figures import CellFigures, Share, best_cell
@@ -27,7 +27,7 @@ def draw(figures: Sequence[CellFigures], folder: Path) -> list[str]:
 
 
 def _draw_temperatures(figures: Sequence[CellFigures]) -> Any:
-    """Answering, pass@k and self-reflection over the temperature, one line for each template: figures 2 and 3 of the paper."""
+    """Answering, pass@k and self-reflection over the temperature, one line for each template: section 2 of the paper in three panels."""
     most = max(figures[0].pass_at)
     panels: list[tuple[str, Callable[[CellFigures], Share]]] = [
         (f"responses that answer ({'judge' if figures[0].answering_by_judge else 'form'})", lambda cell: cell.answering),
@@ -40,6 +40,7 @@ def _draw_temperatures(figures: Sequence[CellFigures]) -> Any:
             _draw_line(axis, cells, value, colour, template)
         axis.set_title(title)
         axis.set_xlabel("temperature")
+        axis.set_xticks(sorted({cell.temperature for cell in figures}))
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(_percent_format())
         axis.grid(alpha=0.3)
@@ -56,9 +57,9 @@ def _draw_line(axis: Any, cells: Sequence[CellFigures], value: Callable[[CellFig
 
 
 def _draw_endings(figures: Sequence[CellFigures]) -> Any:
-    """How responses end and how long they are, by level where there are levels, each template at its best temperature: appendix E."""
+    """How responses end and how long they are, by level where there are levels, each template at its best temperature: appendix D."""
     best = [best_cell(cells) for cells in _by_template(figures).values()]
-    figure, axes = _subplots(2, len(best), 3.4, 2.8)
+    figure, axes = _subplots(2, len(best), 3.4, 2.8, share="row")
     for column, cell in enumerate(best):
         groups = {name: level.outcomes for name, level in cell.levels.items()} or {"all": cell.outcomes}
         _draw_shares(axes[0][column], groups)
@@ -93,7 +94,7 @@ def _draw_lengths(axis: Any, groups: dict[str, Any]) -> None:
 
 
 def _draw_reflection(figures: Sequence[CellFigures]) -> Any:
-    """How often each keyword occurs, and accuracy with minus without self-reflection by question: appendices D and E of the paper."""
+    """How often each keyword occurs, and accuracy with minus without self-reflection by question."""
     figure, axes = _subplots(1, 2, 5.4, 3.6)
     counts = sum((Counter(cell.keyword_counts) for cell in figures), Counter[str]()).most_common()
     axes[0][0].barh([keyword for keyword, _ in reversed(counts)], [count for _, count in reversed(counts)], color=COLOURS[0])
@@ -112,12 +113,12 @@ def _draw_reflection(figures: Sequence[CellFigures]) -> Any:
     return figure
 
 
-def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes as a table, each of so many inches."""
+def _subplots(rows: int, columns: int, width: float, height: float, share: Literal["none", "row"] = "none") -> tuple[Any, Any]:
+    """A figure and its axes as a table, each of so many inches; `share`: `row` where those of a row have one vertical scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=share)
 
 
 def _percent_format() -> Any:

@@ -113,7 +113,7 @@ def _judge(
     settings = config.analysis.judge
     inquiries = list(dict.fromkeys(inquiry for results in records.values() for inquiry in make_inquiries(results, questions)))
     path = config.folder / "judge.jsonl"
-    return judge.ask(inquiries, settings, path, judge.make_sender(settings), lambda: stop_flag.requested, log.say)
+    return judge.ask(inquiries, settings, path, judge.make_sender(settings), stop_flag, log)
 
 
 def _write(config: AnalyseConfig, figures: Sequence[CellFigures], log: Console) -> None:

@@ -1,4 +1,4 @@
-"""`megatron-r1z evaluate` with the real engine: broken off and resumed, from a folder and from a checkpoint, on one engine and on two."""
+"""`megatron-r1z evaluate` and `analyse` with the real engine: broken off and resumed, from a folder and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -86,3 +86,31 @@ def test_other_settings_in_the_same_folder_are_refused(whole: tuple[Path, Any], 
     outcome = cli.run("evaluate", *evaluation, "evaluation.temperature=0.5", f"logging.folder={whole[0]}")
     assert outcome.status == 2
     assert "evaluation.temperature 1.0, which is now 0.5; choose another logging.folder" in outcome.stderr
+
+
+def test_a_killed_analysis_goes_on_and_each_of_its_cells_is_an_evaluation(
+    whole: tuple[Path, Any], base: Path, task: Any, cli: Any, tmp_path: Path
+) -> None:
+    arguments = [
+        "configs/analyse-smollm2.yaml",
+        f"model.path={base}",
+        f"analysis.questions={{path: {task.questions}, limit: {QUESTIONS}}}",
+        *('analysis.templates=["no"]', "analysis.shots_path=null", "analysis.level_column=null", "analysis.max_prompt_tokens=32"),
+        *("analysis.samples=2", "analysis.temperatures=[1.0, 0.5]", "precision.engine=fp32"),
+        *("rollout.max_response_tokens=48", f"rollout.max_concurrent_sequences={CHUNK}", f"logging.folder={tmp_path}"),
+    ]
+    responses = tmp_path / "analysis" / "responses" / "no_t1.jsonl"
+    command = cli.start("analyse", *arguments)
+    command.wait_until(lambda: responses.exists() and responses.read_bytes().count(b"\n") >= CHUNK)
+    command.end()
+    assert responses.read_bytes().count(b"\n") < QUESTIONS
+    outcome = cli.run("analyse", *arguments)
+    assert (outcome.status, outcome.stderr, outcome.processes, outcome.segments) == (0, "", [], [])
+    assert responses.read_bytes() == records_of(whole[0])
+    (score,) = scores_of(whole[0])["sets"]
+    cell, other = json.loads((tmp_path / "analysis" / "analysis.json").read_text())["cells"]
+    assert (cell["template"], cell["temperature"], other["temperature"]) == ("no", 1.0, 0.5)
+    assert cell["accuracy"] == {"value": score["accuracy"], "low": score["low"], "high": score["high"]}
+    assert {k: share["value"] for k, share in cell["pass_at"].items()} == score["pass_at"]
+    assert re.search(rf"^no +1 .* {score['accuracy']:.1%} ", outcome.stdout, re.MULTILINE)
+    assert (tmp_path / "analysis" / "report.md").read_text().count("| no, 0.5 |") >= 5

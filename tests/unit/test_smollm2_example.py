@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from megatron_r1z.config import DataConfig, QuestionSource
+from megatron_r1z.grading.answers import extract_boxed_answer
 from megatron_r1z.prompts import make_template
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
@@ -65,3 +66,11 @@ def test_the_shots_end_where_the_answer_starts() -> None:
     shots = [line for line in text.splitlines() if line.startswith("Answer: ")]
     assert len(shots) == 4
     assert all(reward.answer_is(shot, (shot.split("= ")[1].split(".")[0],), "stop") == 1.0 for shot in shots)
+
+
+def test_the_boxed_shots_are_a_template_whose_answers_the_grader_finds() -> None:
+    template = make_template(DataConfig(template="few_shot", shots_path=str(EXAMPLE / "boxed_shots.txt")), tokenizer=object())  # type: ignore[arg-type]
+    text = template.render("What is $1 + 1$?")
+    assert text.endswith("Question: What is $1 + 1$?\nAnswer: We")
+    answers = [line for line in text.splitlines() if line.startswith("Answer: We ")]
+    assert [extract_boxed_answer(line).answer for line in answers] == ["17", "\\frac{2}{5}", "8", "27"]

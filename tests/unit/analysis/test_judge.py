@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from megatron_r1z.analysis.examine import Inquiry, Task
 from megatron_r1z.analysis.judge import ask, key_of, make_sender, make_text, parse, read_key
 from megatron_r1z.config import JudgeConfig
 from megatron_r1z.errors import ConfigError, JudgeError
+from megatron_r1z.metrics import SilentLog
+from megatron_r1z.supervisor import StopFlag
 
 INQUIRIES: list[Inquiry] = [(task, f"{index}?", f"response {index}") for index in range(5) for task in Task]
 
@@ -77,8 +80,14 @@ def config_of(server: Server, **fields: Any) -> JudgeConfig:
 
 
 def ask_all(config: JudgeConfig, path: Path, stop_after: int = 1000) -> dict[Inquiry, int | None] | None:
-    calls = iter(range(1000))
-    return ask(INQUIRIES, config, path, make_sender(config), lambda: next(calls) >= stop_after, lambda _line: None)
+    flag, send = StopFlag(), make_sender(config)
+    sent = itertools.count(1)
+
+    def send_and_stop(text: str) -> str | None:
+        flag.requested = next(sent) >= stop_after
+        return send(text)
+
+    return ask(INQUIRIES, config, path, send_and_stop, flag, SilentLog())
 
 
 @pytest.mark.parametrize(
