@@ -155,7 +155,7 @@ def make_sender(config: JudgeConfig) -> Send:
             reason = f"it answers with status {error.status_code} ({_first_line(error.message)})"
             raise JudgeError(_sentence(config, reason, "check analysis.judge.url, model and api_key_env")) from error
         except APIConnectionError as error:
-            reason = f"{_first_line(str(error)).rstrip('.')}, {config.retries + 1} times"
+            reason = f"{_first_line(str(error)).rstrip('.')} after {config.retries} repetitions"
             raise JudgeError(
                 _sentence(config, reason, "see whether the server runs, and whether analysis.judge.timeout_s is enough")
             ) from error

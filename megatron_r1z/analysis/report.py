@@ -69,8 +69,8 @@ def _introduction(config: AnalyseConfig, figures: Sequence[CellFigures]) -> str:
     counts = sorted({item.questions for item in figures})
     questions = " or ".join(map(str, counts))
     judge = (
-        f"Judge: {asked}; {sum(item.without_verdict for item in figures)} of its {len(Task)} verdicts on each response could not be read "
-        "or were refused; they count as no."
+        f"Judge: {asked}. Of {len(Task) * sum(item.questions * item.samples for item in figures)} replies, {len(Task)} on each response, "
+        f"{sum(item.without_verdict for item in figures)} have no verdict in them or were refused; they count as no."
         if asked is not None
         else "No judge was asked: whether a response answers is told from its form, and self-reflection from keywords alone."
     )

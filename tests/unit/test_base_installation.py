@@ -23,7 +23,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "configs/quickstart.yaml"], ["convert", "a", "b"], ["evaluate", "configs/quickstart.yaml"]]
+    "arguments",
+    [
+        ["train", "configs/quickstart.yaml"],
+        ["convert", "a", "b"],
+        ["evaluate", "configs/quickstart.yaml"],
+        ["analyse", "configs/analyse-paper.yaml"],
+    ],
 )
 def test_a_command_that_needs_more_says_what_to_install(arguments: list[str]) -> None:
     found = run(*arguments)

@@ -190,7 +190,7 @@ def test_a_server_that_gives_no_verdicts_is_told_in_one_sentence(server: Server,
 def test_a_server_that_is_not_there_is_told_in_one_sentence(server: Server, tmp_path: Path) -> None:
     config = config_of(server, retries=0)
     server.server_close()
-    with pytest.raises(JudgeError, match=r"Connection error, 1 times; see whether the server runs"):
+    with pytest.raises(JudgeError, match=r"Connection error after 0 repetitions; see whether the server runs"):
         ask_all(config, tmp_path / "judge.jsonl")
 
 

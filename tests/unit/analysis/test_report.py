@@ -62,7 +62,7 @@ def test_a_table_has_cells_of_one_number() -> None:
 
 def test_the_report_says_who_judged() -> None:
     text = render(config_of(judge={"url": "http://x/v1", "model": "the-judge"}), judged(), [])
-    assert "Judge: the-judge; 1 of its 2 verdicts on each response could not be read" in text
+    assert "Judge: the-judge. Of 6 replies, 2 on each response, 1 have no verdict in them or were refused; they count as no." in text
     assert "| template, temperature | by the judge | by form | accuracy |" in text
     assert "| responses, both | questions, both |" in text
     assert "Most by the judge: template no at temperature 0.5, 33.3%." in text

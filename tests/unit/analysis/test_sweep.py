@@ -161,7 +161,7 @@ def test_a_judge_reads_what_was_sampled(make: Callable[..., AnalyseConfig], monk
     tree = json.loads((config.folder / "analysis.json").read_text())
     assert [cell["answering_by_judge"]["value"] for cell in tree["cells"]] == [1.0] * 4
     assert [cell["reflection"]["both"]["questions"] for cell in tree["cells"]] == [0, 1, 0, 1]
-    assert "Judge: j; 0 of its 2 verdicts on each response" in (config.folder / "report.md").read_text()
+    assert "Judge: j. Of 96 replies, 2 on each response, 0 have no verdict" in (config.folder / "report.md").read_text()
 
 
 def test_a_stop_while_judging_is_no_end(make: Callable[..., AnalyseConfig], monkeypatch: pytest.MonkeyPatch) -> None:
