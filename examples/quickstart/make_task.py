@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -67,8 +67,18 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/quickstart/task"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=MODELS, default="qwen2", help="llama-fp8: one whose matrices FP8 blocks fit")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=QUESTION_LEVELS, help="of the questions; the corpus has all")
+    parser.add_argument("--questions", type=int, default=NUM_QUESTIONS, metavar="N", help="of each level (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=NUM_HELD_OUT, metavar="N", help="of each level (default: %(default)s)")
     arguments = parser.parse_args()
-    make_task(arguments.folder, arguments.seed, config=MODELS[arguments.model])
+    make_task(
+        arguments.folder,
+        arguments.seed,
+        num_questions=arguments.questions,
+        num_held_out=arguments.held_out,
+        levels=arguments.levels,
+        config=MODELS[arguments.model],
+    )
     print(f"wrote model/, corpus.jsonl, questions.jsonl and held_out/ to {arguments.folder}")
 
 
@@ -77,16 +87,16 @@ def make_task(
     seed: int = 0,
     num_documents: int = NUM_DOCUMENTS,
     num_questions: int = NUM_QUESTIONS,
+    num_held_out: int = NUM_HELD_OUT,
+    levels: Sequence[str] = QUESTION_LEVELS,
     config: Mapping[str, Any] = CONFIG,
 ) -> None:
     """Write the whole task into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder / "model", config)
-    held_out = {level: draw_puzzles(level, NUM_HELD_OUT, Random(f"{seed}/held_out/{level}")) for level in QUESTION_LEVELS}
+    held_out = {level: draw_puzzles(level, num_held_out, Random(f"{seed}/held_out/{level}")) for level in levels}
     avoid = frozenset(puzzle.prompt for puzzles in held_out.values() for puzzle in puzzles)
-    questions = [
-        puzzle for level in QUESTION_LEVELS for puzzle in draw_puzzles(level, num_questions, Random(f"{seed}/questions/{level}"), avoid)
-    ]
+    questions = [puzzle for level in levels for puzzle in draw_puzzles(level, num_questions, Random(f"{seed}/questions/{level}"), avoid)]
     for level, puzzles in held_out.items():
         _save_rows(folder / "held_out" / f"{level}.jsonl", map(_make_question, puzzles))
     _save_rows(folder / "questions.jsonl", map(_make_question, questions))

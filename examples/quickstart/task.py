@@ -122,8 +122,10 @@ def draw_puzzles(level: str, count: int, generator: Random, avoid: frozenset[str
         if puzzle.prompt not in avoid:
             found[puzzle.prompt] = puzzle
         if len(found) == count:
-            return list(found.values())
-    raise ValueError(f"{level}: found {len(found)} different puzzles and {count} were asked for; ask for fewer.")
+            break
+    if len(found) < count:
+        raise ValueError(f"{level}: found {len(found)} different puzzles and {count} were asked for; ask for fewer.")
+    return list(found.values())
 
 
 def _draw_subset(digits: list[int], generator: Random) -> list[int]:

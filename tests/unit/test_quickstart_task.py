@@ -116,6 +116,15 @@ def test_levels_of_the_files(folder: Path) -> None:
     assert all(60 <= count <= 140 for count in corpus.values())
 
 
+def test_questions_of_other_levels_with_none_held_out(tmp_path: Path) -> None:
+    """As the length bias example asks for them: nearly all the puzzles of pick-6 that there are."""
+    make_task.make_task(tmp_path, num_documents=10, num_questions=400, num_held_out=0, levels=("sum-5", "pick-6"))
+    questions = read(tmp_path / "questions.jsonl")
+    assert Counter(row["level"] for row in questions) == {"sum-5": 400, "pick-6": 400}
+    assert len({row["problem"] for row in questions}) == 800
+    assert [read(path) for path in sorted((tmp_path / "held_out").iterdir())] == [[], []]
+
+
 def test_the_seed_decides_every_byte(folder: Path, tmp_path: Path) -> None:
     make_task.make_task(tmp_path / "again", num_documents=700, num_questions=50)
     make_task.make_task(tmp_path / "other", seed=1, num_documents=700, num_questions=50)
