@@ -20,8 +20,8 @@ Runs = Mapping[str, Sequence[Sequence[Row]]]
 
 OBJECTIVES = {
     "grpo": ("GRPO", "#c0392b"),
-    "grpo_remove_std_bias": ("GRPO without std", "#e59866"),
-    "grpo_remove_len_bias": ("GRPO without length mean", "#1e8449"),
+    "grpo_remove_std_bias": ("GRPO without 1/std", "#e59866"),
+    "grpo_remove_len_bias": ("GRPO without 1/length", "#1e8449"),
     "token_mean": ("token mean", "#8e44ad"),
     "drgrpo": ("Dr. GRPO", "#1f4e9c"),
 }
@@ -58,8 +58,8 @@ class Quantity:
 
 REWARD = Quantity("rollout/reward_mean", "reward")
 LENGTH = Quantity("rollout/length_mean_tokens", "response length (tokens)")
-RIGHT = Quantity("rollout/length_right_tokens", "length of right responses", lambda row: row["grading/correct_share"])
-WRONG = Quantity("rollout/length_wrong_tokens", "length of wrong responses", lambda row: 1.0 - row["grading/correct_share"])
+RIGHT = Quantity("rollout/length_right_tokens", "length of right responses (tokens)", lambda row: row["grading/correct_share"])
+WRONG = Quantity("rollout/length_wrong_tokens", "length of wrong responses (tokens)", lambda row: 1.0 - row["grading/correct_share"])
 CUT = Quantity("rollout/truncated_share", "share cut off")
 
 
@@ -177,7 +177,7 @@ def draw(runs: Runs, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 6.2), sharex=True, layout="constrained")
     for axis, quantity in zip(axes.flat, (REWARD, LENGTH, WRONG, RIGHT), strict=True):
         for objective, seeds in runs.items():
             label, colour = OBJECTIVES[objective]
@@ -193,5 +193,5 @@ def draw(runs: Runs, picture: Path) -> None:
     for axis in axes[1]:
         axis.set_xlabel("iteration")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=100)
     pyplot.close(figure)

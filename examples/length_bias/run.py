@@ -39,17 +39,15 @@ def main() -> None:
     parser.add_argument("--name", default="main", help="folder below runs/length_bias (default: %(default)s); one for each variation")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    make_base()
     folder = FOLDER / arguments.name
     runs = [(folder / f"{objective}-{seed}", objective, seed) for seed in arguments.seeds for objective in arguments.objectives]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        waiting = [pool.submit(train, *run, arguments.overrides) for run in runs]
+    with ThreadPoolExecutor(arguments.jobs) as pool:  # Ctrl-C reaches the runs, which write a checkpoint; the pool waits for that
         try:
-            for run in waiting:
-                run.result()
-        except BaseException:  # a run that failed, or Ctrl-C: start no other
-            pool.shutdown(cancel_futures=True)
-            raise
+            pool.submit(make_base).result()
+            for outcome in [pool.submit(train, *run, arguments.overrides) for run in runs]:
+                outcome.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C no other run starts
     print("\n" + compare(folder, FOLDER / "task" / "questions.jsonl", arguments.objectives, arguments.seeds))
 
 
@@ -85,4 +83,7 @@ def call(arguments: Sequence[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on.")
