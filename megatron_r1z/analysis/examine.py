@@ -12,7 +12,7 @@ from megatron_r1z.rows import scan_rows
 from megatron_r1z.scores import Attempt, QuestionResult
 from megatron_r1z.types import FinishReason, VerdictKind
 
-ANSWER_MARKS = ("\\boxed{", "</answer>", "final answer", "answer is", "answer:")
+ANSWER_MARKS = ("\\boxed{", "</answer>", "final answer", "answer is")
 """What a response that answers has in it, in whatever case; ours, for want of a judge."""
 
 

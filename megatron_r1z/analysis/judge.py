@@ -57,6 +57,8 @@ Explain your choice in one or two sentences and end your reply with the digit of
 
 _PLACES = {Task.ANSWERING: re.compile(r"\W*([01])\b"), Task.REFLECTION: re.compile(r"(?:.*\D)?([0-3])\W*", re.DOTALL)}
 """Where a reply has its verdict: the first word, or the whole of it up to the last digit."""
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+"""What a reasoning model says before its reply."""
 BATCHES_PER_WRITE = 4
 """Rounds of `concurrency` requests after which replies are on disk."""
 
@@ -85,9 +87,12 @@ def parse(task: Task, reply: str) -> int | None:
 
     >>> parse(Task.ANSWERING, "1, it computes the sum."), parse(Task.REFLECTION, "It checks its result. Category: 2.")
     (1, 2)
+    >>> parse(Task.ANSWERING, "<think>Is it 0?</think> 1")
+    1
     >>> parse(Task.ANSWERING, "It does."), parse(Task.REFLECTION, "Between 1 and 2, I think")
     (None, None)
     """
+    reply = _THOUGHTS.sub("", reply)
     match = _PLACES[task].match(reply) if task is Task.ANSWERING else _PLACES[task].fullmatch(reply)
     return None if match is None else int(match[1])
 
@@ -110,7 +115,8 @@ def ask(
 ) -> dict[Inquiry, int | None] | None:
     """The verdict on every inquiry, those in `path` first and the others asked for and appended to it; None where a stop was asked for.
 
-    Replies are written in the order of the inquiries, so an interrupted file ends up as an uninterrupted one.
+    Replies are written in the order of the inquiries, so an interrupted file ends up as an uninterrupted one; where a request failed,
+    those beside it come before it.
 
     Raises:
         JudgeError: the server cannot be reached, or refuses everything.
@@ -126,10 +132,19 @@ def ask(
                 return None
             log.phase(f"judge: reply {len(inquiries) - len(missing) + start + 1} of {len(inquiries)}")
             chunk = missing[start : start + size]
-            texts = threads.map(send, map(make_text, chunk))
-            found = [Reply(keys[item], item[0].value, text) for item, text in zip(chunk, texts, strict=True)]
-            _refuse_silence(found, replies, config)
-            _append(path, found)
+            sent = [threads.submit(send, make_text(item)) for item in chunk]
+            failures = [error for future in sent if (error := future.exception()) is not None]
+            found = [
+                Reply(keys[item], item[0].value, future.result())
+                for item, future in zip(chunk, sent, strict=True)
+                if future.exception() is None
+            ]
+            if not failures:
+                _refuse_silence(found, replies, config)
+            if found:
+                _append(path, found)  # also those beside a failure, or the same ones would be asked for again
+            if failures:
+                raise failures[0]
             replies |= {reply.key: reply for reply in found}
     return {inquiry: replies[key].verdict for inquiry, key in keys.items()}
 

@@ -36,7 +36,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its file of responses."""
-        return f"{self.template}_t{self.temperature:g}"
+        return f"{self.template}_t{self.temperature!r}"  # every digit: the file of one temperature is not another's
 
 
 Records = Mapping[Cell, Sequence[QuestionResult]]

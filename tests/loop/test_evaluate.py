@@ -99,7 +99,7 @@ def test_a_killed_analysis_goes_on_and_each_of_its_cells_is_an_evaluation(
         *("analysis.samples=2", "analysis.temperatures=[1.0, 0.5]", "precision.engine=fp32"),
         *("rollout.max_response_tokens=48", f"rollout.max_concurrent_sequences={CHUNK}", f"logging.folder={tmp_path}"),
     ]
-    responses = tmp_path / "analysis" / "responses" / "no_t1.jsonl"
+    responses = tmp_path / "analysis" / "responses" / "no_t1.0.jsonl"
     command = cli.start("analyse", *arguments)
     command.wait_until(lambda: responses.exists() and responses.read_bytes().count(b"\n") >= CHUNK)
     command.end()

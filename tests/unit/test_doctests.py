@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,12 @@ def test_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
-def test_example(path: str) -> None:
+def test_example(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("r1z_doctest_example", ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     found = doctest.testmod(module)
     assert (found.failed, found.attempted > 0) == (0, True)

@@ -187,6 +187,25 @@ def test_a_server_that_gives_no_verdicts_is_told_in_one_sentence(server: Server,
     assert not (tmp_path / "judge.jsonl").exists()
 
 
+def test_replies_beside_a_failure_are_kept_and_not_asked_for_again(tmp_path: Path) -> None:
+    inquiries: list[Inquiry] = [(Task.ANSWERING, "1 + 1?", str(number)) for number in range(20)]
+    asked: list[str] = []
+
+    def send(text: str) -> str:
+        asked.append(text)
+        if text == make_text(inquiries[3]):
+            raise JudgeError("the judge gives no verdicts.")
+        return "1"
+
+    config = JudgeConfig(url="http://localhost", concurrency=2)
+    for _ in range(2):
+        with pytest.raises(JudgeError):
+            ask(inquiries, config, tmp_path / "judge.jsonl", send, StopFlag(), SilentLog())
+    assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 14  # of two rounds of 8
+    assert asked.count(make_text(inquiries[3])) == 2
+    assert all(asked.count(make_text(item)) == 1 for item in inquiries[:3] + inquiries[4:8])
+
+
 def test_a_server_that_is_not_there_is_told_in_one_sentence(server: Server, tmp_path: Path) -> None:
     config = config_of(server, retries=0)
     server.server_close()

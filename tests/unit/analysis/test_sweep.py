@@ -177,5 +177,5 @@ def test_a_stop_while_judging_is_no_end(make: Callable[..., AnalyseConfig], monk
 
 
 def test_cells_are_named_by_template_and_temperature() -> None:
-    assert Cell("few_shot", 1.0).name == "few_shot_t1"
+    assert Cell("few_shot", 1.0).name == "few_shot_t1.0"
     assert Cell("no", 0.05).name == "no_t0.05"
