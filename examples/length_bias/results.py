@@ -106,13 +106,14 @@ def load_responses(folder: Path, levels: Sequence[str]) -> Iterator[Answered]:
 def end_table(runs: Runs) -> str:
     """Every objective over its last `WINDOW` iterations: mean over seeds, and the smallest and largest seed."""
     last = min(len(rows) for seeds in runs.values() for rows in seeds)
+    first = max(0, last - WINDOW)
     lines = [
-        f"| iterations {max(1, last - WINDOW + 1)}-{last} | reward | length | of right ones | of wrong ones | cut off |",
+        f"| iterations {first + 1}-{last} | reward | length | of right ones | of wrong ones | cut off |",
         "|---|---|---|---|---|---|",
     ]
     formats = ((REWARD, ".3f"), (LENGTH, ".1f"), (RIGHT, ".1f"), (WRONG, ".1f"), (CUT, ".1%"))
     for objective, seeds in runs.items():
-        cells = [spread([quantity.mean(rows[last - WINDOW : last]) for rows in seeds], form) for quantity, form in formats]
+        cells = [spread([quantity.mean(rows[first:last]) for rows in seeds], form) for quantity, form in formats]
         lines.append(f"| {OBJECTIVES[objective][0]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

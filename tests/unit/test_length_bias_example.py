@@ -84,6 +84,13 @@ def test_the_end_table_has_the_mean_and_the_range_over_seeds() -> None:
     assert "| 30.0 (30.0 to 30.0) |" in lines[3]
 
 
+def test_a_short_run_is_its_own_end() -> None:
+    rows = [iteration(0.5, right=20, wrong=number) for number in (10, 20, 60)]
+    first, _, line = results.end_table({"drgrpo": [rows]}).splitlines()
+    assert first.startswith("| iterations 1-3 |")
+    assert line.endswith("| 20.0 | 30.0 | 0.0% |")
+
+
 def test_ratios_are_of_the_same_seed() -> None:
     grpo, drgrpo = [constant(0.4, 25, 60), constant(0.4, 25, 90)], [constant(0.4, 25, 30), constant(0.4, 25, 45)]
     table = results.ratio_table(grpo, drgrpo, [3, 7])
