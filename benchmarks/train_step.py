@@ -37,8 +37,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_r1z.assemble import make_policy, plan_weights
-from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from megatron_r1z.objective import OBJECTIVES, clipped_losses
+from megatron_r1z.config import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.objective import OBJECTIVES, clipped_losses, make_loss
 from megatron_r1z.packing import PackingRules, pack
 from megatron_r1z.policy.parallel import start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
@@ -164,7 +164,7 @@ def make_steps(options: argparse.Namespace, samples: Sequence[Sample]) -> dict[s
     parallel = ParallelConfig(num_ranks=options.ranks, tensor_parallel_size=options.ranks, micro_batch_tokens=BUDGET_TOKENS)
     settings = Settings(ModelConfig(path=options.model), parallel, PrecisionConfig(policy="fp32"))
     policy: Any = make_policy(settings, plan_weights(settings))
-    policy.start_training(lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2), OPTIMIZER)
+    policy.start_training(make_loss(AlgorithmConfig(iterations=1)), OPTIMIZER)
     rules = policy.packing_rules()
     steps = {"packed": megatron_step(policy, samples, rules)}
     if options.ranks == 1:

@@ -38,7 +38,7 @@ from megatron_r1z.objective import make_loss
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, Settings
-from megatron_r1z.pretrain import Pretraining, PretrainState, next_token_loss
+from megatron_r1z.pretrain import NEXT_TOKEN_LOSS, Pretraining, PretrainState
 from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
@@ -169,6 +169,8 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     train_sets = load_prompts(config.data, config.data.train, tokenizer)
     evaluation = load_prompts(config.data, config.evaluation.sets, tokenizer)
     policy = make_policy(config, weights)
+    if config.algorithm.kl_coef:
+        policy.keep_reference()
     policy.start_training(make_loss(config.algorithm), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
@@ -274,7 +276,7 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     folder = Path(config.logging.folder)
     documents, num_dropped = load_documents(config.corpus, load_tokenizer(config.model.path))
     policy = make_policy(config, weights)
-    policy.start_training(next_token_loss, config.optimizer)
+    policy.start_training(NEXT_TOKEN_LOSS, config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     stream = DocumentStream(documents, config.corpus.seed)
     state = PretrainState(0, stream.to_state())

@@ -27,6 +27,8 @@ ITEMSIZE = {"bf16": 2, "fp32": 4}
 """Bytes of one element by number format."""
 RewardForm = Literal["auto", "boxed", "answer_tag", "answer_tag_lenient", "think_then_boxed"]
 Algorithm = Literal["drgrpo", "grpo", "grpo_remove_std_bias", "grpo_remove_len_bias", "rloo", "token_mean", "reinforce"]
+KlEstimator = Literal["k1", "k2", "k3"]
+KlPlace = Literal["loss", "reward"]
 Recompute = Literal["none", "selective", "full"]
 NumberFormat = Literal["fp32", "bf16"]
 Fp8Recipe = Literal["blockwise", "mxfp8", "tensorwise", "delayed"]
@@ -380,8 +382,16 @@ class AlgorithmConfig:
     tis_cap: float | None = None
     """Truncated importance sampling: the loss of a token is multiplied by policy over engine probability, at most this (usually 2); off by
     default."""
+    kl_coef: float = 0.0
+    """Weight of the divergence from the reference model, which is the model that the run starts from (`model`); 0: no reference model."""
+    kl_in: KlPlace = "loss"
+    """Where that divergence goes: into the loss of each token, or off the reward of each response, before its advantage is taken."""
+    kl_estimator: KlEstimator = "k3"
+    """How it is estimated from the sampled tokens: k1, k2 or k3 of Schulman (docs/algorithms.md)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy of each token's distribution, which is taken off the loss; 0: off."""
     mask_truncated: bool = False
-    """Responses that ended at the token limit have no gradient. They stay in the baseline of their group and in the denominator."""
+    """Responses that ended at the token limit have advantage 0. They stay in the baseline of their group and in the denominator."""
     filter_groups: bool = False
     """Groups whose rewards are all equal, which have no gradient, are not counted in the denominator either."""
     sampling_rounds: int = 1
@@ -398,6 +408,21 @@ class AlgorithmConfig:
             raise ConfigError("algorithm: reinforce has no ratio, so there is nothing for dual_clip to clip; leave it out.")
         if self.tis_cap is not None and not self.tis_cap > 0:
             raise ConfigError(f"algorithm.tis_cap is {self.tis_cap}; it must be above 0.")
+        _not_negative(self, "kl_coef", "entropy_coef")
+        if self.kl_is_in("reward") and self.filter_groups:
+            raise ConfigError(
+                f"algorithm: with kl_in reward and kl_coef {self.kl_coef} no group has equal rewards, so filter_groups has none to filter; "
+                "leave it out, or set kl_in=loss."
+            )
+
+    def kl_is_in(self, place: KlPlace) -> bool:
+        """Whether there is a reference model, and this is where the divergence from it goes."""
+        return self.kl_coef > 0 and self.kl_in == place
+
+    @property
+    def has_further_terms(self) -> bool:
+        """Whether the loss has terms that do not depend on the advantage."""
+        return self.kl_is_in("loss") or self.entropy_coef > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -647,6 +672,11 @@ class TrainConfig:
                 f"algorithm.train_batch_size {step} does not divide the {samples} samples of an iteration "
                 f"({self.rollout.prompts_per_iteration} prompts x {self.rollout.samples_per_prompt}); "
                 f"the largest that does below it is {_largest_divisor(samples, step)}."
+            )
+        if self.algorithm.kl_coef and self.precision.policy == "fp8" and self.precision.fp8.param:
+            raise ConfigError(
+                f"algorithm.kl_coef is {self.algorithm.kl_coef}, and the reference model's weights take the place of the policy's for a "
+                "pass, which weights in FP8 alone do not survive to the bit; set precision.fp8.param=false."
             )
         if self.rollout.samples_per_prompt == 1:
             raise ConfigError("an advantage compares the samples of a prompt; rollout.samples_per_prompt is 1 and must be at least 2.")

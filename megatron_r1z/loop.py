@@ -9,6 +9,7 @@ Every rank runs this same program. `Run` lists the parts: `prompts.py` draws que
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,11 +29,12 @@ from megatron_r1z.metrics import (
     Stopwatch,
     combine_steps,
     grading_warning,
+    penalty_metrics,
     refit_metrics,
     rollout_metrics,
     update_metrics,
 )
-from megatron_r1z.objective import OBJECTIVES, Objective
+from megatron_r1z.objective import OBJECTIVES, Objective, kl_estimate
 from megatron_r1z.packing import GlobalBatch, pack
 from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.prompts import PromptSet, PromptStream
@@ -42,7 +44,8 @@ from megatron_r1z.rollouts import save_rollouts
 from megatron_r1z.scores import score
 from megatron_r1z.skips import Skips
 from megatron_r1z.supervisor import StopFlag
-from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, Sample, UpdateStats
+from megatron_r1z.token_figures import gather_figures
+from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, Sample, TokenFigures, UpdateStats
 
 CERTIFICATE_GROUPS = 32
 """Groups whose log-probs are compared between engine and policy before the first update."""
@@ -135,18 +138,19 @@ def train(run: Run) -> bool:
         if run.stopped():
             break
         trained = choose_groups(graded, run.config.rollout.prompts_per_iteration)
-        samples = make_samples(trained, run.objective, run.config.rollout.temperature, run.config.algorithm)
+        penalties = kl_penalties(trained, run)  # none unless the reward has a KL term
+        samples = make_samples(trained, run.objective, run.config.rollout.temperature, run.config.algorithm, penalties)
         batches, step_of = make_batches(samples, run, iteration)
         if not certified:
             _certify(run, samples)
             certified = True
         with run.watch.phase("update"):
-            train_batches = run.policy.with_old_logprobs(batches)  # one old policy for all steps
+            train_batches = run.policy.with_logprobs(batches)  # one old policy for all steps
             stats = [run.policy.update(batch) for batch in train_batches]  # one optimizer step each
         receipt = _hand_over(run, policy_version=iteration + 1)
         run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state())
         _keep_rollouts(run, iteration, trained, samples, step_of)
-        _record(run, rollout_metrics(graded, num_rounds), stats, receipt)
+        _record(run, rollout_metrics(graded, num_rounds) | penalty_metrics(penalties), stats, receipt)
         _count_skips(run, stats, samples, step_of)
         if run.skips.too_many:
             break
@@ -194,27 +198,54 @@ def choose_groups(graded: Sequence[GradedGroup], count: int) -> list[GradedGroup
     return sorted(chosen, key=lambda item: item.group.group_id)
 
 
-def make_samples(graded: Sequence[GradedGroup], objective: Objective, temperature: float, algorithm: AlgorithmConfig) -> list[Sample]:
+def kl_penalties(graded: Sequence[GradedGroup], run: Run) -> TokenFigures:
+    """Estimated divergence of the policy that sampled from the reference model, of each response token; empty unless rewards have it."""
+    algorithm = run.config.algorithm
+    if not algorithm.kl_is_in("reward"):
+        return {}
+    samples = make_samples(graded, run.objective, run.config.rollout.temperature, algorithm)
+    batches = _pack(run, samples, skip_zero_advantage=False).micro_batches
+    with run.watch.phase("reference"):
+        own = run.policy.response_logprobs(batches)
+        with run.policy.as_reference():
+            reference = run.policy.response_logprobs(batches)
+    pairs = zip(own, reference, strict=True)
+    figures = [None if mine is None or other is None else kl_estimate(algorithm.kl_estimator, mine, other) for mine, other in pairs]
+    return gather_figures(batches, figures, run.policy.topology)
+
+
+def make_samples(
+    graded: Sequence[GradedGroup],
+    objective: Objective,
+    temperature: float,
+    algorithm: AlgorithmConfig,
+    penalties: TokenFigures | None = None,
+) -> list[Sample]:
     """One row per response, in group order, with its advantage; `temperature` is what they were sampled at.
 
-    With `mask_truncated` a response that ended at the token limit gets advantage 0, after its reward went into those of its group.
+    From the reward of a response goes the sum of its `penalties`, times `kl_coef`. With `mask_truncated` a response that ended at the token
+    limit gets advantage 0, after its reward went into those of its group.
     """
+    penalty_of = {sample_id: algorithm.kl_coef * math.fsum(values) for sample_id, values in (penalties or {}).items()}
     samples = []
     for item in graded:
         prompt = item.group.prompt
-        advantages = objective.advantages([verdict.reward for verdict in item.verdicts])
-        for index, (response, advantage) in enumerate(zip(item.group.responses, advantages, strict=True)):
+        names = [f"{item.group.group_id}/{index}" for index in range(len(item.verdicts))]
+        rewards = [verdict.reward - penalty_of.get(name, 0.0) for name, verdict in zip(names, item.verdicts, strict=True)]
+        is_counted = item.is_mixed or not algorithm.filter_groups
+        for name, response, advantage in zip(names, item.group.responses, objective.advantages(rewards), strict=True):
             is_masked = algorithm.mask_truncated and response.finish_reason is FinishReason.LENGTH
             samples.append(
                 Sample(
-                    sample_id=f"{item.group.group_id}/{index}",
+                    sample_id=name,
                     token_ids=prompt.token_ids + response.token_ids,
                     prompt_length=len(prompt.token_ids),
                     advantage=0.0 if is_masked else advantage,
                     temperature=temperature,
                     engine_logprobs=response.logprobs,
                     policy_version=response.policy_version,
-                    is_counted=item.is_mixed or not algorithm.filter_groups,
+                    is_counted=is_counted,
+                    has_further_terms=algorithm.has_further_terms and is_counted,
                 )
             )
     return samples

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
-from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, UpdateStats, VerdictKind
+from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, TokenFigures, UpdateStats, VerdictKind
 
 Metrics = dict[str, float]
 MAX_UNGRADED_SHARE = 0.02
@@ -48,6 +48,12 @@ def rollout_metrics(graded: Sequence[GradedGroup], num_rounds: int = 1) -> Metri
     }
 
 
+def penalty_metrics(penalties: TokenFigures) -> Metrics:
+    """Divergence from the reference model where rewards have it; nothing elsewhere."""
+    values = [value for of_sample in penalties.values() for value in of_sample]
+    return {"rollout/reference_kl_nats": fmean(values)} if values else {}
+
+
 def grading_warning(metrics: Metrics) -> str | None:
     """A sentence where more than `MAX_UNGRADED_SHARE` of the responses were not judged but given up, else None."""
     given_up = {kind: metrics[f"grading/{kind.value}_share"] for kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR)}
@@ -73,6 +79,7 @@ def update_metrics(stats: UpdateStats) -> Metrics:
         "update/ratio_max": stats.ratio_max,
         "update/entropy_nats": stats.entropy,
         "update/sampler_kl_nats": stats.sampler_kl,
+        "update/reference_kl_nats": stats.reference_kl,
         "update/mismatch_mean_nats": stats.mismatch_mean,
         "update/mismatch_p999_nats": stats.mismatch_p999,
         "update/mismatch_max_nats": stats.mismatch_max,

@@ -8,11 +8,12 @@ implemented in its listing 1,
 and the algorithms differ in four entries of a table: the advantage A_i, the token weight w_i, the denominator D, and whether the loss of a
 token is the clipped one above. The first three are known before the first forward pass and are the same on every rank, so no division by
 anything measured in a micro-batch exists. An advantage may also be one per token, A_it, as PPO's are. What can be switched on beside the
-row (dual clip, truncated importance sampling) is per token too: it changes the summands and never D.
+row (dual clip, truncated importance sampling, a KL term, an entropy bonus) is per token too: it changes the summands and never D.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from megatron_r1z.config import AlgorithmConfig
+    from megatron_r1z.config import AlgorithmConfig, KlEstimator
     from megatron_r1z.packing import MicroBatch
 
 STD_EPSILON = 1e-8
@@ -106,6 +107,19 @@ critic, of which there is none: it is no objective that a run can have."""
 
 
 @dataclass(frozen=True)
+class PolicyTokens:
+    """What a loss looks at besides the micro-batch, for each of its R response tokens; float32, nats."""
+
+    logprobs_R: Tensor
+    """Of the current policy; carries the gradient."""
+    entropy_R: Tensor
+    """Of its distribution; carries a gradient where the loss has an entropy bonus."""
+    old_logprobs_R: Tensor
+    reference_logprobs_R: Tensor | None
+    """None where the loss has no KL term."""
+
+
+@dataclass(frozen=True)
 class TokenLosses:
     """Terms of the loss per response token; R tokens."""
 
@@ -114,23 +128,43 @@ class TokenLosses:
     ratio_R: Tensor
     """rho, detached."""
     clipped_R: Tensor
-    """True where a clipped branch was taken, so that the token has no gradient."""
+    """True where a clipped branch was taken, so that the advantage of the token has no gradient."""
     importance_R: Tensor
     """Factor of truncated importance sampling, which is in the losses; 1 without it."""
     truncated_R: Tensor
     """True where that factor was cut at its cap."""
+    reference_kl_R: Tensor
+    """Estimate of the divergence from the reference model, detached; 0 without a KL term."""
 
 
-def make_loss(config: AlgorithmConfig) -> Callable[[Tensor, Tensor, MicroBatch], TokenLosses]:
-    """The loss that `algorithm` of a configuration asks for: current log-probs, old log-probs and their micro-batch to its terms."""
-    clips = OBJECTIVES[config.name].clips
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a step."""
 
-    def loss(logprobs_R: Tensor, old_logprobs_R: Tensor, batch: MicroBatch) -> TokenLosses:
-        given = (logprobs_R, old_logprobs_R, batch.advantages_R, batch.weights_R)
-        terms = clipped_losses(*given, config.clip_low, config.clip_high, config.dual_clip) if clips else reinforce_losses(*given)
-        return terms if config.tis_cap is None else importance_sampled(terms, old_logprobs_R, batch.engine_logprobs_R, config.tis_cap)
+    terms: Callable[[PolicyTokens, MicroBatch], TokenLosses]
+    has_kl: bool = False
+    """Whether it needs the reference model's log-probs."""
+    has_entropy: bool = False
+    """Whether it needs the gradient of the entropy."""
 
-    return loss
+
+def make_loss(config: AlgorithmConfig) -> Loss:
+    """The loss that `algorithm` of a configuration asks for."""
+    return Loss(functools.partial(_terms_of, config), has_kl=config.kl_is_in("loss"), has_entropy=config.entropy_coef != 0)
+
+
+def _terms_of(config: AlgorithmConfig, tokens: PolicyTokens, batch: MicroBatch) -> TokenLosses:
+    given = (tokens.logprobs_R, tokens.old_logprobs_R, batch.advantages_R, batch.weights_R)
+    if OBJECTIVES[config.name].clips:
+        terms = clipped_losses(*given, config.clip_low, config.clip_high, config.dual_clip)
+    else:
+        terms = reinforce_losses(*given)
+    if config.tis_cap is not None:
+        terms = importance_sampled(terms, tokens.old_logprobs_R, batch.engine_logprobs_R, config.tis_cap)
+    if tokens.reference_logprobs_R is not None:
+        divergence = kl_estimate(config.kl_estimator, tokens.logprobs_R, tokens.reference_logprobs_R)
+        terms = with_kl(terms, divergence, batch.weights_R, config.kl_coef)
+    return with_entropy(terms, tokens.entropy_R, batch.weights_R, config.entropy_coef) if config.entropy_coef else terms
 
 
 def clipped_losses(
@@ -186,9 +220,32 @@ def likelihood_losses(logprobs_R: Tensor, weights_R: Tensor) -> TokenLosses:
 
 
 def _terms(losses_R: Tensor, ratio_R: Tensor, clipped_R: Tensor) -> TokenLosses:
-    """Without importance sampling."""
+    """Without what can be added to them."""
     ratio = ratio_R.detach()
-    return TokenLosses(losses_R, ratio, clipped_R, torch.ones_like(ratio), torch.zeros_like(clipped_R))
+    return TokenLosses(losses_R, ratio, clipped_R, torch.ones_like(ratio), torch.zeros_like(clipped_R), torch.zeros_like(ratio))
+
+
+def kl_estimate(estimator: KlEstimator, logprobs_R: Tensor, reference_logprobs_R: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) by token, in float32: k1, k2 or k3 of J. Schulman, "Approximating KL divergence" (2020).
+
+    With d = reference minus policy log-prob: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d. Over tokens of the policy the means of k1 and k3
+    are the divergence, and that of k2 is near it where both are. Their gradients are another matter (docs/algorithms.md).
+    """
+    difference = reference_logprobs_R.float() - logprobs_R.float()
+    if estimator == "k1":
+        return -difference
+    return difference.square() / 2 if estimator == "k2" else torch.expm1(difference) - difference
+
+
+def with_kl(terms: TokenLosses, divergence_R: Tensor, weights_R: Tensor, coefficient: float) -> TokenLosses:
+    """The terms with the divergence of each token, times weight and coefficient, in the loss."""
+    losses = terms.losses_R + coefficient * weights_R * divergence_R
+    return replace(terms, losses_R=losses, reference_kl_R=divergence_R.detach())
+
+
+def with_entropy(terms: TokenLosses, entropy_R: Tensor, weights_R: Tensor, coefficient: float) -> TokenLosses:
+    """The terms with an entropy bonus: the loss of each token less its entropy, times weight and coefficient."""
+    return replace(terms, losses_R=terms.losses_R - coefficient * weights_R * entropy_R)
 
 
 def kl_terms(logprobs_R: Tensor, engine_logprobs_R: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_r1z import ranks
 from megatron_r1z.checkpoint import Checkpoints
 from megatron_r1z.config import PretrainConfig
 from megatron_r1z.corpus import Document, DocumentStream
 from megatron_r1z.metrics import RunLog, Stopwatch, update_metrics
-from megatron_r1z.objective import TokenLosses, likelihood_losses
+from megatron_r1z.objective import Loss, PolicyTokens, TokenLosses, likelihood_losses
 from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
 from megatron_r1z.skips import Skips
@@ -78,9 +77,12 @@ def pretrain(run: Pretraining) -> bool:
     return run.state.step == steps
 
 
-def next_token_loss(logprobs_R: Tensor, _old_logprobs_R: Tensor, batch: MicroBatch) -> TokenLosses:
+def next_token_terms(tokens: PolicyTokens, batch: MicroBatch) -> TokenLosses:
     """Minus log-prob of every predicted token; the step divides by their number."""
-    return likelihood_losses(logprobs_R, batch.weights_R)
+    return likelihood_losses(tokens.logprobs_R, batch.weights_R)
+
+
+NEXT_TOKEN_LOSS = Loss(next_token_terms)
 
 
 def make_samples(run: Pretraining, documents: list[Document]) -> list[Sample]:

@@ -5,8 +5,12 @@ Frozen, one per stage, and complete: a `Sample` cannot exist without its advanta
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+TokenFigures = Mapping[str, Sequence[float]]
+"""Sample id to a figure for each of its response tokens, such as its part of a penalty; the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,8 @@ class Sample:
     policy_version: int
     is_counted: bool = True
     """Whether N and D have it; a sample that they have not must have no gradient."""
+    has_further_terms: bool = False
+    """Whether its loss has terms that do not depend on the advantage: a KL term, an entropy bonus."""
 
     def __post_init__(self) -> None:
         if isinstance(self.advantage, tuple) and len(self.advantage) != self.response_length:
@@ -150,8 +156,8 @@ class Sample:
 
     @property
     def has_gradient(self) -> bool:
-        """False where every advantage is 0: then no objective has a loss or gradient."""
-        return any(self.advantages)
+        """False where every advantage is 0 and the loss has no other terms: then no objective has a loss or gradient."""
+        return self.has_further_terms or any(self.advantages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +186,8 @@ class UpdateStats:
     """Mean entropy per response token in nats, of the distribution at the sampling temperature."""
     sampler_kl: float
     """Estimate of KL(engine || current policy) per response token in nats (`objective.kl_terms`)."""
+    reference_kl: float
+    """Estimate of KL(current policy || reference model) per response token in nats; 0 without a KL term in the loss."""
     mismatch_mean: float
     """Mean absolute difference of engine and old log-probs."""
     mismatch_p999: float

@@ -131,7 +131,7 @@ def _memory_table(cost: RunCost) -> list[str]:
     total = [f"total{limit}", *(_gib(rank.total(phase)) for phase in Phase)]
     lines = align([head, *rows, total])
     if cost.host_bytes:
-        lines.append(f"host memory of a node, for the optimizer: {cost.host_bytes / GIB:.0f} GiB")
+        lines.append(f"host memory of a node, for {cost.host_uses}: {cost.host_bytes / GIB:.0f} GiB")
     return lines
 
 
@@ -159,9 +159,8 @@ def _phases(cost: RunCost) -> list[tuple[str, float, str]]:
     time, passes = cost.time, cost.time.passes
     rows = [("rollout", time.rollout.total, _rollout_words(time.rollout))]
     if time.logprobs is not None:
-        rows.append(
-            ("log-probs", time.logprobs.total, f"the old policy on all samples; bubble {time.logprobs.bubble / time.logprobs.total:.0%}")
-        )
+        bubble = time.logprobs.bubble / time.logprobs.total
+        rows.append(("log-probs", time.logprobs.total, f"passes over all samples: {cost.logprob_passes}; bubble {bubble:.0%}"))
     spent = _shares(
         passes.total,
         {

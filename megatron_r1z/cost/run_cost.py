@@ -136,9 +136,18 @@ class RunCost:
 
     @property
     def host_bytes(self) -> int:
-        """Of a node's memory, for optimizer state."""
+        """Of a node's memory, for optimizer state and reference model."""
         per_node = self.cluster.gpus_per_node if self.cluster else DEFAULT_RANKS_PER_NODE
-        return max(self.policy.host_state(stage) for stage in range(self.policy.topology.pp)) * per_node
+        return max(self._rank_host_bytes(stage) for stage in range(self.policy.topology.pp)) * per_node
+
+    @property
+    def host_uses(self) -> str:
+        """The settings that put something there."""
+        uses = {"optimizer.offload_to_host": self.config.optimizer.offload_to_host, "algorithm.kl_coef": self.config.algorithm.kl_coef}
+        return " with ".join(name for name, is_on in uses.items() if is_on)
+
+    def _rank_host_bytes(self, stage: int) -> int:
+        return self.policy.host_state(stage) + (self.policy.weights(stage) if self.config.algorithm.kl_coef else 0)
 
     # --- refit ---
 
@@ -179,6 +188,12 @@ class RunCost:
         """Optimizer steps of an iteration."""
         return self.config.rollout.samples_per_iteration // self.config.algorithm.train_batch_size
 
+    @property
+    def logprob_passes(self) -> int:
+        """Over all samples of an iteration: of the old policy, unless a single step needs none, and those for a KL term."""
+        algorithm = self.config.algorithm
+        return (self.steps > 1) + algorithm.kl_is_in("loss") + 2 * algorithm.kl_is_in("reward")
+
     @cached_property
     def update_time(self) -> UpdateTime:
         """Seconds of one optimizer step, by part."""
@@ -191,7 +206,7 @@ class RunCost:
         update = self.update_time
         return StepTime(
             rollout=rollout.rollout(),
-            logprobs=update.logprobs().times(self.steps) if self.steps > 1 else None,
+            logprobs=update.logprobs().times(self.steps * self.logprob_passes) if self.logprob_passes else None,
             passes=update.passes().times(self.steps),
             gradient_sum=update.gradient_sum() * self.steps,
             optimizer=update.optimizer() * self.steps,
@@ -257,5 +272,5 @@ class RunCost:
             )
         if self.host_bytes > cluster.host_memory_gib * GIB:
             needed = f"{self.host_bytes / GIB:.0f} GiB of a node's memory"
-            return f"optimizer.offload_to_host needs {needed}, which has {cluster.host_memory_gib:.0f}"
+            return f"{self.host_uses} needs {needed}, which has {cluster.host_memory_gib:.0f}"
         return None

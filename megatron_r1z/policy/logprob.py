@@ -42,7 +42,8 @@ def vocab_parallel_logprobs(
 
     `temperature` is one for all or float32 [R]. `vocab_start` is the first token id of this rank's slice, `vocab_size` the unpadded total:
     padding columns get probability 0. `group` is None when the vocabulary is not split. The gradient of `hidden_RH` is this rank's part:
-    the caller sums it over `group`. The entropy carries no gradient.
+    the caller sums it over `group`. Both results carry a gradient; that of the entropy costs nothing where the entropy is in no loss, which
+    the caller says by detaching it.
     """
     precision = torch.promote_types(weight_VH.dtype, torch.float32)
     temperature_R = torch.as_tensor(temperature, dtype=precision, device=hidden_RH.device).expand(hidden_RH.shape[0])
@@ -147,16 +148,16 @@ class _TiledLogProbs(torch.autograd.Function):
         log_total_R = sums.total_r.log2()
         logprobs_R = (sums.target_r - sums.maximum_r - log_total_R) / LOG2_E
         entropy_R = (log_total_R - sums.weighted_r / sums.total_r) / LOG2_E
-        ctx.save_for_backward(hidden_RH, weight_VH, targets_R, sums.maximum_r + log_total_R)
+        ctx.save_for_backward(hidden_RH, weight_VH, targets_R, sums.maximum_r + log_total_R, entropy_R)
         ctx.head = head
-        ctx.mark_non_differentiable(entropy_R)
+        ctx.set_materialize_grads(False)
         return logprobs_R, entropy_R
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden_RH, weight_VH, targets_R, normaliser_R = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+        hidden_RH, weight_VH, targets_R, normaliser_R, entropy_R = ctx.saved_tensors
         head: _Head = ctx.head
-        factors_R = gradients[0] * head.inverse_R
+        slopes = _Slopes.of(gradients[0], gradients[1], entropy_R, head)
         grad_hidden_RH = torch.zeros_like(hidden_RH, dtype=head.precision)
         grad_weight_VH = torch.zeros_like(weight_VH)
         for columns in head.column_slices():
@@ -164,13 +165,45 @@ class _TiledLogProbs(torch.autograd.Function):
             grad_weight_CH = grad_weight_VH[columns].to(head.precision)
             for rows in head.row_slices():
                 logits_rC = head.logits(hidden_RH[rows], weight_CH, rows)
-                grad_rC = _grad_logits(logits_rC, normaliser_R[rows], factors_R[rows], *head.places(targets_R[rows], columns))
+                grad_rC = slopes.of_logits(logits_rC, normaliser_R[rows], rows, *head.places(targets_R[rows], columns))
                 grad_rC = grad_rC.to(weight_VH.dtype)
                 _add_product(grad_hidden_RH[rows], grad_rC, weight_CH)
                 _add_product(grad_weight_CH, grad_rC.t(), hidden_RH[rows])
             if head.precision != weight_VH.dtype:
                 grad_weight_VH[columns] = grad_weight_CH
         return grad_hidden_RH.to(hidden_RH.dtype), grad_weight_VH, None, None
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """Derivative of the loss by what the forward pass gave, over the temperature; what was given as None is in no loss."""
+
+    logprob_R: Tensor
+    entropy_R: Tensor | None
+    """By the entropy."""
+    offset_R: Tensor
+    """Of the softmax column, whatever the logit: -logprob - entropy slope * entropy."""
+
+    @classmethod
+    def of(cls, by_logprob_R: Tensor | None, by_entropy_R: Tensor | None, entropy_R: Tensor, head: _Head) -> _Slopes:
+        logprob_R = torch.zeros_like(head.inverse_R) if by_logprob_R is None else by_logprob_R * head.inverse_R
+        if by_entropy_R is None:
+            return cls(logprob_R, None, -logprob_R)
+        slope_R = by_entropy_R * head.inverse_R
+        return cls(logprob_R, slope_R, -logprob_R - slope_R * entropy_R)
+
+    def of_logits(self, logits_rC: Tensor, normaliser_r: Tensor, rows: slice, place_r1: Tensor, here_r1: Tensor) -> Tensor:
+        """By the logits of a tile, which are overwritten: onehot * logprob slope + softmax * (offset - entropy slope * log softmax).
+
+        The entropy's derivative by a logit is -softmax * (log softmax + entropy).
+        """
+        log_softmax_rC = logits_rC.sub_(normaliser_r[:, None])
+        if self.entropy_R is None:
+            grad_rC = log_softmax_rC.exp2_().mul_(self.offset_R[rows, None])
+        else:
+            softmax_rC = log_softmax_rC.exp2()
+            grad_rC = log_softmax_rC.mul_(-self.entropy_R[rows, None] / LOG2_E).add_(self.offset_R[rows, None]).mul_(softmax_rC)
+        return grad_rC.scatter_add_(1, place_r1, self.logprob_R[rows, None] * here_r1)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
@@ -184,12 +217,6 @@ def _sums_of_rows(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, rows:
         logits_rC = head.logits(hidden_RH[rows], weight_VH[columns], rows)
         sums = sums.with_tile(logits_rC, *head.places(targets_R[rows], columns))
     return sums
-
-
-def _grad_logits(logits_rC: Tensor, normaliser_r: Tensor, factors_r: Tensor, place_r1: Tensor, here_r1: Tensor) -> Tensor:
-    """(onehot - softmax) of a tile times the factor of each row, in place of the logits."""
-    softmax_rC = logits_rC.sub_(normaliser_r[:, None]).exp2_()
-    return softmax_rC.mul_(-factors_r[:, None]).scatter_add_(1, place_r1, factors_r[:, None] * here_r1)
 
 
 def _add_product(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:

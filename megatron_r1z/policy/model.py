@@ -45,17 +45,20 @@ RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
     """One pipeline chunk of the policy."""
 
-    def forward(self, batch: MicroBatch, unpadded_vocab_size: int) -> Tensor:
-        """Hidden states [T, 1, H] for the next stage; on the last stage float32 [2, R]: log-probs and entropies of the response tokens."""
+    def forward(self, batch: MicroBatch, unpadded_vocab_size: int, has_entropy: bool = False) -> Tensor:
+        """Hidden states [T, 1, H] for the next stage; on the last stage float32 [2, R]: log-probs and entropies of the response tokens.
+
+        The entropies carry a gradient with `has_entropy`; without it they cost the backward pass nothing.
+        """
         packed = packed_parameters(batch, self.config.context_parallel_size)
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=batch.token_ids_T[None], position_ids=batch.position_ids_T[None])
         rotary = self.rotary_pos_emb(batch.max_seqlen, packed_seq=True)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
-        return self._response_logprobs(hidden, batch, unpadded_vocab_size) if self.post_process else hidden
+        return self._response_logprobs(hidden, batch, unpadded_vocab_size, has_entropy) if self.post_process else hidden
 
-    def _response_logprobs(self, hidden: Tensor, batch: MicroBatch, vocab_size: int) -> Tensor:
+    def _response_logprobs(self, hidden: Tensor, batch: MicroBatch, vocab_size: int, has_entropy: bool) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         split = self.config.tensor_model_parallel_size > 1
         logprobs, entropy = vocab_parallel_logprobs(
@@ -67,7 +70,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
             vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
             group=parallel_state.get_tensor_model_parallel_group() if split else None,
         )
-        return torch.stack([logprobs, entropy])
+        return torch.stack([logprobs, entropy if has_entropy else entropy.detach()])
 
     def _gather(self, hidden: Tensor) -> Tensor:
         """All positions on every tensor-parallel rank; the backward pass sums the ranks' parts of the gradient."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from megatron.core.distributed import finalize_model_grads
@@ -16,6 +17,7 @@ from megatron_r1z.errors import DataError
 from megatron_r1z.fp8.recipes import tokens_multiple
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.objective import Loss
 from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules, SampleCost
 from megatron_r1z.policy import step
 from megatron_r1z.policy.cpu import megatron_device, release_free_memory, share_weights
@@ -23,6 +25,7 @@ from megatron_r1z.policy.fp8_state import check_same_number
 from megatron_r1z.policy.model import EXTRA_STATE, build_chunks
 from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_chunks
 from megatron_r1z.policy.parallel import device
+from megatron_r1z.policy.reference import ReferenceWeights
 from megatron_r1z.types import UpdateStats
 
 
@@ -44,19 +47,21 @@ class Settings(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """One optimizer step's work: the batch and the old policy's log-probs.
+    """One optimizer step's work: the batch and the log-probs that are known before it, those of all but the last pipeline stage None.
 
     `old_logprobs` is empty when the step is the only one of its iteration: then the policy that is stepped is the old policy, the ratio
-    is 1 by definition and its gradient is that of the current log-probs. Its entries are None on all but the last pipeline stage.
+    is 1 by definition and its gradient is that of the current log-probs. `reference_logprobs` is empty where the loss has no KL term.
     """
 
     batch: GlobalBatch
     old_logprobs: tuple[Tensor | None, ...] = ()
+    reference_logprobs: tuple[Tensor | None, ...] = ()
 
     def work(self) -> list[step.Work]:
-        """The micro-batches with their old log-probs."""
-        old = self.old_logprobs or (None,) * len(self.batch.micro_batches)
-        return [step.Work(batch, logprobs) for batch, logprobs in zip(self.batch.micro_batches, old, strict=True)]
+        """The micro-batches with their log-probs."""
+        nothing = (None,) * len(self.batch.micro_batches)
+        parts = zip(self.batch.micro_batches, self.old_logprobs or nothing, self.reference_logprobs or nothing, strict=True)
+        return [step.Work(*part) for part in parts]
 
 
 class MegatronPolicy:
@@ -69,6 +74,7 @@ class MegatronPolicy:
         self.shape = shape
         self.topology = topology
         self._settings = settings
+        self._reference: ReferenceWeights | None = None
         with megatron_device():
             self._bare = build_chunks(shape, settings.parallel, settings.precision, padded_vocab_size)
         self._shared = share_weights(self._bare)
@@ -80,13 +86,17 @@ class MegatronPolicy:
             f"chunks.{index}.{name}": tensor.data for index, chunk in enumerate(self._bare) for name, tensor in chunk.named_parameters()
         }
 
+    def keep_reference(self) -> None:
+        """Make the weights that are now in place those of the reference model, whatever becomes of them."""
+        self._reference = ReferenceWeights(self.parameters)
+
     @megatron_device()
-    def start_training(self, loss: step.Loss, config: OptimizerConfig) -> None:
+    def start_training(self, loss: Loss, config: OptimizerConfig) -> None:
         """Add gradient buffers, optimizer and schedule around the weights that are now in place."""
         self._loss = loss
         self._optimizer_config = config
         chunks = wrap_chunks(self._bare, config)
-        self.model = step.Model(chunks, self.shape.vocab_size)
+        self.model = step.Model(chunks, self.shape.vocab_size, loss.has_entropy)
         self.optimizer = build_optimizer(chunks, config)
         self.schedule = build_schedule(self.optimizer, config)
         for chunk in chunks:
@@ -113,11 +123,22 @@ class MegatronPolicy:
         self._check_passes(len(batches))
         return step.response_logprobs(self.model, batches)
 
-    def with_old_logprobs(self, batches: Sequence[GlobalBatch]) -> list[TrainBatch]:
-        """Attach the present policy's log-probs, before any weight moves. A single step needs none (see `TrainBatch`)."""
-        if len(batches) == 1:
-            return [TrainBatch(batches[0])]
-        return [TrainBatch(batch, tuple(self.response_logprobs(batch.micro_batches))) for batch in batches]
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Inside, the policy has the weights of the reference model; `keep_reference` came first."""
+        assert self._reference is not None
+        return self._reference.in_place()
+
+    def with_logprobs(self, batches: Sequence[GlobalBatch]) -> list[TrainBatch]:
+        """Attach, before any weight moves, the present policy's log-probs, of which a single step needs none, and the reference's."""
+
+        def taken() -> list[tuple[Tensor | None, ...]]:
+            return [tuple(self.response_logprobs(batch.micro_batches)) for batch in batches]
+
+        nothing: list[tuple[Tensor | None, ...]] = [()] * len(batches)
+        old = taken() if len(batches) > 1 else nothing
+        with self.as_reference() if self._loss.has_kl else nullcontext():
+            reference = taken() if self._loss.has_kl else nothing
+        return [TrainBatch(*parts) for parts in zip(batches, old, reference, strict=True)]
 
     @megatron_device()
     def update(self, train_batch: TrainBatch) -> UpdateStats:
@@ -192,6 +213,7 @@ def _stats(figures: step.StepFigures, denominator: int, grad_norm: float, learni
         ratio_max=figures.ratio_max,
         entropy=sums.entropy / tokens,
         sampler_kl=sums.sampler_kl / tokens,
+        reference_kl=sums.reference_kl / tokens,
         mismatch_mean=sums.mismatch / tokens,
         mismatch_p999=figures.mismatch_p999,
         mismatch_max=figures.mismatch_max,

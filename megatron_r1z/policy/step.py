@@ -19,13 +19,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_r1z.objective import TokenLosses, kl_terms
+from megatron_r1z.objective import Loss, PolicyTokens, TokenLosses, kl_terms
 from megatron_r1z.packing import MicroBatch
 from megatron_r1z.policy.fp8_state import scales_kept
 from megatron_r1z.policy.parallel import device
-
-Loss = Callable[[Tensor, Tensor, MicroBatch], TokenLosses]
-"""Current log-probs, old log-probs and their micro-batch to the loss of each response token."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +32,19 @@ class Model:
     chunks: list[DistributedDataParallel]
     vocab_size: int
     """Without padding."""
+    has_entropy: bool = False
+    """Whether the loss needs the gradient of the entropy."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch on its device, with the old log-probs of its response tokens.
-
-    None means that the step is the only one of its iteration: the policy that is stepped is the old policy, and the ratio is 1.
-    """
+    """A micro-batch on its device, with the log-probs of its response tokens that are known before the step."""
 
     batch: MicroBatch
-    old_logprobs_R: Tensor | None
+    old_logprobs_R: Tensor | None = None
+    """None: the step is the only one of its iteration, so the policy that is stepped is the old policy, and the ratio is 1."""
+    reference_logprobs_R: Tensor | None = None
+    """None: the loss has no KL term."""
 
 
 def response_logprobs(model: Model, batches: Sequence[MicroBatch]) -> list[Tensor | None]:
@@ -55,7 +54,7 @@ def response_logprobs(model: Model, batches: Sequence[MicroBatch]) -> list[Tenso
         return output_2R[0].detach().cpu()
 
     with torch.no_grad(), scales_kept(model.chunks):
-        outputs = _run_schedule(model, [Work(batch, None) for batch in batches], lambda _work: collect, forward_only=True)
+        outputs = _run_schedule(model, [Work(batch) for batch in batches], lambda _work: collect, forward_only=True)
     return list(outputs) if outputs else [None] * len(batches)
 
 
@@ -87,6 +86,7 @@ class Sums:
     """Tokens whose importance factor was cut at its cap."""
     entropy: float
     sampler_kl: float
+    reference_kl: float
     mismatch: float
 
 
@@ -116,12 +116,12 @@ class Tallies:
 
 def _micro_batch_loss(loss: Loss, work: Work, output_2R: Tensor) -> tuple[Tensor, Tensor, Tallies]:
     """Megatron's triple: the summed loss, this micro-batch's part of the denominator, and the figures."""
-    logprobs, entropy = output_2R[0], output_2R[1].detach()
+    logprobs, entropy = output_2R
     old = logprobs.detach() if work.old_logprobs_R is None else work.old_logprobs_R
-    terms = loss(logprobs, old, work.batch)
+    terms = loss.terms(PolicyTokens(logprobs, entropy, old, work.reference_logprobs_R), work.batch)
     total = terms.losses_R.sum()
     denominator = torch.tensor(work.batch.denominator, dtype=torch.int, device=total.device)
-    return total, denominator, _tally(work.batch, terms, entropy, logprobs.detach(), old)
+    return total, denominator, _tally(work.batch, terms, entropy.detach(), logprobs.detach(), old)
 
 
 def _tally(batch: MicroBatch, terms: TokenLosses, entropy_R: Tensor, logprobs_R: Tensor, old_logprobs_R: Tensor) -> Tallies:
@@ -139,6 +139,7 @@ def _tally(batch: MicroBatch, terms: TokenLosses, entropy_R: Tensor, logprobs_R:
         "truncated": terms.truncated_R,
         "entropy": entropy_R,
         "sampler_kl": kl_terms(logprobs_R, batch.engine_logprobs_R),
+        "reference_kl": terms.reference_kl_R,
         "mismatch": mismatch,
     }
     sums = torch.stack([by_name[field.name].double().sum() for field in fields(Sums)])
@@ -209,7 +210,7 @@ def _run_schedule(model: Model, work: Sequence[Work], bind: Callable[[Work], Any
 
     def forward_step(items: Iterator[Work], chunk: DistributedDataParallel) -> tuple[Tensor, Any]:
         item = next(items)
-        return chunk(item.batch, model.vocab_size), bind(item)
+        return chunk(item.batch, model.vocab_size, model.has_entropy), bind(item)
 
     on_device = [_to_device(item) for item in work]
     iterators = [iter(on_device) for _ in model.chunks]
@@ -230,5 +231,5 @@ def _to_device(work: Work) -> Work:
     where = device()
     moved = {field.name: getattr(work.batch, field.name) for field in fields(MicroBatch)}
     moved = {name: value.to(where) if isinstance(value, Tensor) else value for name, value in moved.items()}
-    old = work.old_logprobs_R
-    return Work(replace(work.batch, **moved), None if old is None else old.to(where))
+    known = (None if item is None else item.to(where) for item in (work.old_logprobs_R, work.reference_logprobs_R))
+    return Work(replace(work.batch, **moved), *known)

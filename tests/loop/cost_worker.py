@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.config import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.blocks import padded_vocab_size
 from megatron_r1z.layout.families import load_shape
-from megatron_r1z.objective import clipped_losses
+from megatron_r1z.objective import make_loss
 from megatron_r1z.packing import pack
 from megatron_r1z.policy import step
 from megatron_r1z.policy.cpu import megatron_device
@@ -84,7 +84,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     for weight in policy.parameters().values():
         weight.normal_(0, 0.02)
     policy.start_training(
-        lambda new, old, batch: clipped_losses(new, old, batch.advantages_R, batch.weights_R, 0.2, 0.2),
+        make_loss(AlgorithmConfig(iterations=1)),
         OptimizerConfig(distributed=case["distributed"]),
     )
     where = topology.coordinates(dist.get_rank())

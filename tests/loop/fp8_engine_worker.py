@@ -21,7 +21,7 @@ from megatron_r1z.layout.topology import Topology
 from megatron_r1z.packing import pack
 from megatron_r1z.policy.parallel import start_megatron
 from megatron_r1z.policy.policy import MegatronPolicy
-from megatron_r1z.pretrain import next_token_loss
+from megatron_r1z.pretrain import NEXT_TOKEN_LOSS
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import Refit
@@ -79,7 +79,7 @@ def main(model: Path, policy_format: str, tp: int, engine_tp: int, output: Path)
         tensor.mul_(1.5)
     receipt = refit(1)
     check_bytes(shape, destination, matrices, engine, rank)
-    policy.start_training(next_token_loss, OptimizerConfig())
+    policy.start_training(NEXT_TOKEN_LOSS, OptimizerConfig())
     difference = differences(policy, engine, topology)
     row = {"max": difference.max().item(), "mean": difference.mean().item(), "count": difference.numel(), "bytes": receipt.nbytes_by_format}
     (output / f"{rank}.json").write_text(json.dumps(row))

@@ -84,7 +84,10 @@ def take_steps(task: dict, topology: Topology) -> dict:
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
     policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded)
     copy_in(layout, policy.parameters(), AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).state_dict())
-    policy.start_training(make_loss(AlgorithmConfig(iterations=1, **task.get("switches", {}))), optimizer)
+    loss = make_loss(AlgorithmConfig(iterations=1, **task.get("switches", {})))
+    if loss.has_kl:
+        policy.keep_reference()
+    policy.start_training(loss, optimizer)
 
     aggregation = AGGREGATIONS[task["algorithm"]]
     where = topology.coordinates(dist.get_rank())
@@ -101,9 +104,19 @@ def take_steps(task: dict, topology: Topology) -> dict:
     is_last_stage = logprobs[0] is not None
     old = tuple(shifted(item, task["shift_V"]) if is_last_stage else None for item in batch.micro_batches)
     sampled = dataclasses.replace(batch, micro_batches=tuple(off_engine(item, task["engine_shift_V"]) for item in batch.micro_batches))
+
+    def reference() -> tuple[Tensor | None, ...]:
+        """Taken anew before each step, from weights that the steps have left alone."""
+        if not loss.has_kl:
+            return ()
+        with policy.as_reference():
+            found = policy.response_logprobs(batch.micro_batches)
+        pairs = zip(found, batch.micro_batches, strict=True)
+        return tuple(None if mine is None else mine + task["reference_shift_V"][item.targets_R] for mine, item in pairs)
+
     kept = Kept(policy.parameters().values())
     with kept.counted() if task["measures_memory"] else nullcontext():
-        stats = [policy.update(TrainBatch(sampled, old)) for _ in range(task["steps"])]
+        stats = [policy.update(TrainBatch(sampled, old, reference())) for _ in range(task["steps"])]
     return {
         "logprob_error": largest_difference(logprobs, batch.micro_batches),
         "logprob_mean_error": mean_difference(logprobs, batch.micro_batches, topology.tp),

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.blocks import megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import load_shape
-from megatron_r1z.objective import TokenLosses, clipped_losses
+from megatron_r1z.objective import Loss, PolicyTokens, TokenLosses, clipped_losses
 from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
@@ -77,12 +77,13 @@ def make_policy(settings: Settings, optimizer: OptimizerConfig) -> MegatronPolic
     for index, (name, tensor) in enumerate(sorted(policy.parameters().items())):
         generator = torch.Generator().manual_seed(index)
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1 + ("norm" in name))
-    policy.start_training(loss, optimizer)
+    policy.start_training(Loss(terms_of), optimizer)
     return policy
 
 
-def loss(logprobs_R: Tensor, old_logprobs_R: Tensor, batch: MicroBatch) -> TokenLosses:
-    terms = clipped_losses(logprobs_R, old_logprobs_R, batch.advantages_R, batch.weights_R, 0.2, 0.2)
+def terms_of(tokens: PolicyTokens, batch: MicroBatch) -> TokenLosses:
+    logprobs_R = tokens.logprobs_R
+    terms = clipped_losses(logprobs_R, tokens.old_logprobs_R, batch.advantages_R, batch.weights_R, 0.2, 0.2)
     marked_R = batch.advantages_R == NO_FINITE_GRADIENT
     steep = torch.where(marked_R, logprobs_R - logprobs_R.detach(), torch.ones(())).sqrt()  # sqrt(0), whose slope is infinite
     return dataclasses.replace(terms, losses_R=torch.where(marked_R, steep, terms.losses_R))

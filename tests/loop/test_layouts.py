@@ -136,9 +136,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "dual_clip": {"dual_clip": 1.3},
     "tis": {"tis_cap": 1.2},
     "reinforce_tis": {"name": "reinforce", "tis_cap": 1.2},
+    "kl_k2": {"kl_coef": 0.3, "kl_estimator": "k2"},
+    "kl_k3_entropy": {"kl_coef": 0.3, "entropy_coef": 0.05},
 }
 """What `algorithm` of a configuration says, where it is more than the default. The bounds are so low that they act on this batch."""
-SWITCHED = [Case("qwen2", layout, "packed-small", algorithm) for layout in ("tp2", "pp2-dp2", "cp2") for algorithm in SWITCHES]
+SWITCHED = [
+    *(Case("qwen2", layout, "packed-small", algorithm) for layout in ("tp2", "pp2-dp2", "cp2") for algorithm in SWITCHES),
+    *(Case("qwen2", layout, "packed-small", "kl_k3_entropy") for layout in ("tp2-sp", "dp2-distributed-optimizer")),
+]
 """Not on the page: they differ from their neighbours by the loss of a token alone."""
 BF16 = Case("qwen2", "tp2-pp2", "packed-small", precision="bf16")
 
@@ -188,7 +193,9 @@ def draw_samples(algorithm: str) -> list[Sample]:
         tokens = tuple(draw.randrange(VOCAB) for _ in range(prompt + length))
         advantage = draw.choice((-0.25, 0.75, 0.875))
         samples.append(Sample(f"0/{index}", tokens, prompt, advantage if index != 5 else 0.0, TEMPERATURES[index % 4], (), 0))
-    return [with_own_advantages(sample) for sample in samples] if algorithm == "ppo" else samples
+    if algorithm == "ppo":
+        return [with_own_advantages(sample) for sample in samples]
+    return [replace(sample, has_further_terms=algorithm.startswith("kl")) for sample in samples]
 
 
 def with_own_advantages(sample: Sample) -> Sample:
@@ -210,6 +217,12 @@ def draw_engine_shifts() -> Tensor:
     return torch.tensor([draw.uniform(-0.3, 0.3) for _ in range(VOCAB)])
 
 
+def draw_reference_shifts() -> Tensor:
+    """The reference model's log-prob minus that of the initial weights by token."""
+    draw = random.Random(3)
+    return torch.tensor([draw.uniform(-0.5, 0.5) for _ in range(VOCAB)])
+
+
 # ------------------------------------------------------------------------------------------------------------------- the reference
 
 
@@ -217,7 +230,7 @@ def response_logprobs(model: torch.nn.Module, sample: Sample) -> tuple[Tensor, T
     """Log-probs and entropies of the response tokens."""
     tokens = torch.tensor([sample.token_ids])
     logprobs = torch.log_softmax(model(tokens).logits[0] / sample.temperature, dim=-1)[sample.prompt_length - 1 : -1]
-    entropies = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, tokens[0, sample.prompt_length :, None])[:, 0], entropies
 
 
@@ -257,9 +270,17 @@ def sample_loss(logprobs: Tensor, old: Tensor, advantage: Tensor, engine: Tensor
     return loss * torch.exp(old - engine).clamp(max=1.2) if algorithm.endswith("tis") else loss
 
 
-def figures(terms: list[tuple[Tensor, Tensor, Tensor]], engine: list[Tensor], entropies: list[Tensor], algorithm: str) -> dict[str, float]:
-    """Over the tokens of samples with an advantage, as one would write them down."""
-    kept = [index for index, (_, _, advantage) in enumerate(terms) if advantage.any()]
+def kl_estimate(logprobs: Tensor, reference: Tensor, algorithm: str) -> Tensor:
+    if algorithm == "kl_k2":
+        return (logprobs - reference) ** 2 / 2
+    return torch.exp(reference - logprobs) - 1 - (reference - logprobs) if algorithm == "kl_k3_entropy" else torch.zeros_like(logprobs)
+
+
+def figures(
+    terms: list[tuple[Tensor, Tensor, Tensor]], engine: list[Tensor], entropies: list[Tensor], divergences: list[Tensor], algorithm: str
+) -> dict[str, float]:
+    """Over the tokens of samples with a gradient, as one would write them down."""
+    kept = [index for index, (_, _, advantage) in enumerate(terms) if advantage.any() or algorithm.startswith("kl")]
     new = torch.cat([terms[index][0].detach() for index in kept])
     old = torch.cat([terms[index][1] for index in kept])
     advantage = torch.cat([terms[index][2] for index in kept])
@@ -280,6 +301,7 @@ def figures(terms: list[tuple[Tensor, Tensor, Tensor]], engine: list[Tensor], en
         "ratio_max": ratio.max().item(),
         "entropy": torch.cat([entropies[index] for index in kept]).mean().item(),
         "sampler_kl": (torch.exp(new - sampled) - 1 - (new - sampled)).mean().item(),
+        "reference_kl": torch.cat([divergences[index].detach() for index in kept]).mean().item(),
         "mismatch_mean": mismatch.mean().item(),
         "mismatch_p999": mismatch.sort().values[math.ceil(0.999 * mismatch.numel()) - 1].item(),
         "mismatch_max": mismatch.max().item(),
@@ -322,17 +344,24 @@ def take_reference_steps(
     # Ranks get the log-probs as float32, so the reference does as well.
     old = [(mine.float() + shift_V[target]).double() for mine, target in zip(logprobs, targets, strict=True)]
     engine = [(mine.float() + draw_engine_shifts()[target]).double() for mine, target in zip(logprobs, targets, strict=True)]
+    reference = [(mine.float() + draw_reference_shifts()[target]).double() for mine, target in zip(logprobs, targets, strict=True)]
     losses, norms, found = [], [], []
     for _ in range(steps):
         optimizer.zero_grad()
         with KeepFloat64():
             news, entropies = zip(*(response_logprobs(model, sample) for sample in samples), strict=True)
         terms = [(new, item, advantages_of(sample)) for new, item, sample in zip(news, old, samples, strict=True)]
-        loss = AGGREGATIONS[algorithm]([sample_loss(*term, sampled, algorithm) for term, sampled in zip(terms, engine, strict=True)])
+        divergences = [kl_estimate(new, item, algorithm) for new, item in zip(news, reference, strict=True)]
+        of_tokens = [sample_loss(*term, sampled, algorithm) for term, sampled in zip(terms, engine, strict=True)]
+        if algorithm.startswith("kl"):
+            bonus = 0.05 if algorithm == "kl_k3_entropy" else 0.0
+            further = zip(of_tokens, divergences, entropies, strict=True)
+            of_tokens = [item + 0.3 * divergence - bonus * entropy for item, divergence, entropy in further]
+        loss = AGGREGATIONS[algorithm](of_tokens)
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         losses.append(loss.item())
-        found.append(figures(terms, engine, list(entropies), algorithm))
+        found.append(figures(terms, engine, list(entropies), divergences, algorithm))
         optimizer.step()
     after = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return Reference(logprobs, losses, norms, found, before, after)
@@ -380,6 +409,7 @@ def result_of(
             "samples": samples,
             "shift_V": draw_shifts(),
             "engine_shift_V": draw_engine_shifts(),
+            "reference_shift_V": draw_reference_shifts(),
             "measures_memory": case.layout in (*RECOMPUTING, *RECOMPUTING.values()) and case.num_ranks == 1,
             "algorithm": SWITCHES.get(case.algorithm, {}).get("name", "drgrpo" if case.algorithm in SWITCHES else case.algorithm),
             "switches": SWITCHES.get(case.algorithm, {}),
@@ -446,6 +476,7 @@ def test_the_steps_of_the_reference_are_worth_comparing(references: dict[tuple[s
             assert step["dual_clipped"] > 0.02 or algorithm != "dual_clip"
             assert 0.1 < step["tis_truncated"] < 0.9 or not algorithm.endswith("tis")
             assert step["sampler_kl"] > 0.005
+            assert step["reference_kl"] > 0.02 or not algorithm.startswith("kl")
         assert all(abs(loss) > 0.01 for loss in reference.losses)
         if algorithm == "drgrpo":
             assert reference.grad_norms[0] > MAX_NORM > reference.grad_norms[1]

@@ -281,6 +281,60 @@ def test_all_switches_beside_the_objective_at_once(training: list[str], cli: Any
     assert max(row["update/dual_clipped_share"] for row in rows) > 0
 
 
+@pytest.fixture(scope="module")
+def regularised(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """KL and entropy in the loss, two steps an iteration: a run to the end, and one that went on from the first's second checkpoint."""
+    unbroken, resumed = (tmp_path_factory.mktemp(name) for name in ("regularised", "regularised-resumed"))
+    switches = ("kl_coef=0.5", "entropy_coef=0.01", "train_batch_size=16", "iterations=4")
+    arguments = [*training, *TP2, "optimizer.lr=1e-4", "evaluation.sets=[]", "checkpoint.every=2"]
+    arguments += [f"algorithm.{switch}" for switch in switches]
+    outcome = cli.run("train", *arguments, f"logging.folder={unbroken}")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    shutil.copytree(unbroken, resumed, dirs_exist_ok=True)
+    (resumed / "checkpoints" / "latest").write_text("step_000002")
+    outcome = cli.run("train", *arguments, f"logging.folder={resumed}")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert left_nothing(outcome)
+    assert "step_000002: 2 of 4 iterations done" in outcome.stdout
+    return unbroken, resumed
+
+
+def test_kl_and_entropy_in_the_loss_act_on_every_sample(regularised: tuple[Path, Path]) -> None:
+    folder, _ = regularised
+    divergences = [row["update/reference_kl_nats"] for row in rows_of(folder, "step")]
+    assert divergences[0] == 0  # the weights are the reference's
+    assert all(0 < value < 1 for value in divergences[1:])
+    for number, row in enumerate(iterations_of(folder)):
+        samples = rollouts_of(folder, number)
+        assert any(sample["advantage"] == 0 for sample in samples)
+        assert row["update/trained_tokens"] == sum(len(sample["response_token_ids"]) for sample in samples)
+
+
+def test_the_reference_of_a_resumed_run_is_that_of_an_unbroken_one(regularised: tuple[Path, Path]) -> None:
+    """Not the checkpoint that it goes on from: figures and weights are the same to the bit."""
+    unbroken, resumed = regularised
+    assert figures_of(resumed) == figures_of(unbroken)
+    assert all(torch.equal(weights_of(resumed)[name], tensor) for name, tensor in weights_of(unbroken).items())
+
+
+def test_kl_in_the_reward_makes_advantages_differ(training: list[str], cli: Any, tmp_path: Path) -> None:
+    """Tokens of a response on two ranks."""
+    switches = ("kl_coef=0.1", "kl_in=reward", "kl_estimator=k1", "iterations=2")
+    arguments = [*training, *CP2, *TWO_ENGINES, "optimizer.lr=1e-4", "evaluation.sets=[]"]
+    outcome = cli.run("train", *arguments, *(f"algorithm.{switch}" for switch in switches), f"logging.folder={tmp_path}")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    divergences = [row["rollout/reference_kl_nats"] for row in iterations_of(tmp_path)]
+    assert divergences[0] == 0 != divergences[1]
+    for number in range(2):
+        samples = rollouts_of(tmp_path, number)
+        groups = [samples[start : start + 4] for start in range(0, 32, 4)]
+        for group in groups:
+            mean = sum(sample["reward"] for sample in group) / 4
+            shifts = [sample["advantage"] - (sample["reward"] - mean) for sample in group]  # by the divergence less the group's mean
+            assert sum(shifts) == pytest.approx(0, abs=1e-9)
+            assert (max(map(abs, shifts)) > 1e-6) == (number == 1)
+
+
 # --------------------------------------------------------------------------------------------------------------------- a rank dies
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +20,10 @@ pytest.importorskip("megatron.core")
 
 from megatron_r1z.config import AlgorithmConfig, TrainConfig, make_config
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.loop import Run, choose_groups, make_batches, make_samples, sample_groups
+from megatron_r1z.loop import Run, choose_groups, kl_penalties, make_batches, make_samples, sample_groups
 from megatron_r1z.metrics import SilentLog
 from megatron_r1z.objective import OBJECTIVES
-from megatron_r1z.packing import PackingRules
+from megatron_r1z.packing import MicroBatch, PackingRules
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Sample, Verdict, VerdictKind
 
@@ -139,6 +140,57 @@ def test_filtered_groups_are_counted_neither_in_n_nor_in_the_denominator(name: s
     assert [sample.advantage for sample in samples] == [
         sample.advantage for sample in make_samples(groups, run.objective, 0.7, replace(DEFAULT, mask_truncated=masks))
     ]
+
+
+def test_a_kl_term_or_an_entropy_bonus_has_all_counted_samples_trained() -> None:
+    """Also those with advantage 0, and not those that were filtered out."""
+    run = make_run(batch=12)
+    groups = [graded(0, [1.0, 0.0, 0.0]), graded(1, [1.0] * 3), graded(2, [0.0] * 3, frozenset({1})), graded(3, [0.0, 1.0, 1.0])]
+    for switches in ({"kl_coef": 0.1}, {"entropy_coef": 0.1}):
+        for filters in (False, True):
+            algorithm = replace(DEFAULT, filter_groups=filters, **switches)  # type: ignore[arg-type]
+            ((batch,), _) = make_batches(make_samples(groups, run.objective, 0.7, algorithm), run, 0)
+            trained = {sample_id for item in batch.micro_batches for sample_id in item.sample_ids}
+            assert {int(sample_id[0]) for sample_id in trained} == ({0, 3} if filters else {0, 1, 2, 3})
+            assert len(trained) == batch.num_samples == (6 if filters else 12)
+
+
+class Policies:
+    """A policy whose log-prob of a token is told by the token, and its reference."""
+
+    topology = Topology(1)
+
+    def __init__(self) -> None:
+        self.is_reference = False
+
+    def packing_rules(self) -> PackingRules:
+        return PackingRules(1, 64)
+
+    def response_logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        return [-(1 + self.is_reference) * item.targets_R.float() / 1000 for item in batches]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        self.is_reference = True
+        yield
+        self.is_reference = False
+
+
+def test_the_kl_penalty_is_taken_off_the_reward_of_each_response_before_its_advantage() -> None:
+    run, groups = make_run(batch=12), some_groups(4, 3)
+    run.policy = Policies()  # type: ignore[assignment]
+    assert kl_penalties(groups, run) == {}
+    algorithm = replace(run.config.algorithm, kl_coef=0.5, kl_in="reward", kl_estimator="k1")
+    run.config = replace(run.config, algorithm=algorithm)
+    penalties = kl_penalties(groups, run)
+    samples = make_samples(groups, run.objective, 0.7, algorithm, penalties)
+    for item, start in zip(groups, range(0, 12, 3), strict=True):
+        divergences = [[token / 1000 for token in response.token_ids] for response in item.group.responses]  # policy minus reference
+        for index, expected in enumerate(divergences):
+            assert penalties[f"{item.group.group_id}/{index}"] == pytest.approx(expected)
+        rewards = [verdict.reward - 0.5 * sum(of_tokens) for verdict, of_tokens in zip(item.verdicts, divergences, strict=True)]
+        assert [sample.advantage for sample in samples[start : start + 3]] == pytest.approx(run.objective.advantages(rewards), abs=1e-6)
+    assert not any(sample.has_further_terms for sample in samples)
 
 
 class Scripted:

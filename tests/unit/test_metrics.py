@@ -67,6 +67,7 @@ STATS = UpdateStats(
     ratio_max=1.5,
     entropy=3.0,
     sampler_kl=2e-3,
+    reference_kl=4e-3,
     mismatch_mean=1e-4,
     mismatch_p999=5e-3,
     mismatch_max=1e-2,

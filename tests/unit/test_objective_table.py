@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import pytest
@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_r1z.config import Algorithm, AlgorithmConfig
-from megatron_r1z.objective import OBJECTIVES, clipped_losses, importance_sampled, make_loss, reinforce_losses
+from megatron_r1z.objective import (
+    OBJECTIVES,
+    PolicyTokens,
+    clipped_losses,
+    importance_sampled,
+    kl_estimate,
+    make_loss,
+    reinforce_losses,
+)
 from megatron_r1z.packing import PackingRules, pack
 from megatron_r1z.types import Sample
 
@@ -70,24 +78,59 @@ TABLE = {
     "token_mean": Row(minus_mean, lambda _: 1, sum),
     "reinforce": Row(minus_mean, lambda _: 1, lambda lengths: len(lengths) * CONSTANT, has_ratio=False),
 }
-SWITCHES: dict[str, dict[str, float]] = {
+SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clip_higher": {"clip_low": 0.2, "clip_high": 0.28},
     "dual_clip": {"dual_clip": 3.0},
     "tis": {"tis_cap": 2.0},
-    "all": {"clip_low": 0.3, "clip_high": 0.6, "dual_clip": 2.0, "tis_cap": 1.2},
+    **{f"kl_{estimator}": {"kl_coef": 0.3, "kl_estimator": estimator} for estimator in ("k1", "k2", "k3")},
+    "entropy": {"entropy_coef": 0.2},
+    "kl_entropy_tis": {"kl_coef": 0.3, "entropy_coef": 0.2, "tis_cap": 1.2},
+    "all": {"clip_low": 0.3, "clip_high": 0.6, "dual_clip": 2.0, "tis_cap": 1.2, "kl_coef": 0.1, "entropy_coef": 0.05},
 }
 CASES = [
     (name, switch)
     for name in TABLE
     for switch in (
-        SWITCHES if name in ("drgrpo", "grpo_remove_len_bias") else ("plain", "tis") if name == "reinforce" else ("plain", "all")
+        SWITCHES
+        if name in ("drgrpo", "grpo_remove_len_bias")
+        else ("plain", "tis", "kl_entropy_tis")
+        if name == "reinforce"
+        else ("plain", "all")
     )
 ]
 
 
-def token_term(row: Row, advantage: float, new: float, old: float, engine: float, switches: dict[str, float]) -> tuple[float, float]:
-    """Loss of a token before w_i and D, and its derivative by the current log-prob."""
+@dataclass(frozen=True)
+class Token:
+    """Log-probs and entropy of one token."""
+
+    new: float
+    old: float
+    engine: float
+    reference: float
+    entropy: float
+
+
+def kl_term(estimator: str, new: float, reference: float) -> tuple[float, float]:
+    """Estimate of a token, and its derivative by the current log-prob."""
+    if estimator == "k1":
+        return new - reference, 1.0
+    if estimator == "k2":
+        return (new - reference) ** 2 / 2, new - reference
+    return math.exp(reference - new) - 1 - (reference - new), 1 - math.exp(reference - new)
+
+
+def token_term(row: Row, advantage: float, token: Token, switches: dict[str, Any]) -> tuple[float, float, float]:
+    """Loss of a token before w_i and D, and its derivatives by the current log-prob and by the entropy."""
+    loss, slope = policy_term(row, advantage, token.new, token.old, token.engine, switches)
+    divergence, kl_slope = kl_term(switches.get("kl_estimator", "k3"), token.new, token.reference)
+    kl_coef, entropy_coef = switches.get("kl_coef", 0.0), switches.get("entropy_coef", 0.0)
+    return loss + kl_coef * divergence - entropy_coef * token.entropy, slope + kl_coef * kl_slope, -entropy_coef
+
+
+def policy_term(row: Row, advantage: float, new: float, old: float, engine: float, switches: dict[str, Any]) -> tuple[float, float]:
+    """What the advantage has to do with: loss and derivative by the current log-prob."""
     ratio = math.exp(new - old)
     if not row.has_ratio:
         loss, slope = -advantage * new, -advantage
@@ -115,17 +158,25 @@ class Step:
     new_V: Tensor
     old_V: Tensor
     engine_V: Tensor
+    reference_V: Tensor
+    entropy_V: Tensor
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """In the order of `Token`."""
+        return self.new_V, self.old_V, self.engine_V, self.reference_V, self.entropy_V
 
     @property
     def flat_lengths(self) -> list[int]:
         return [length for group in self.lengths for length in group]
 
-    def samples(self, name: str) -> list[Sample]:
+    def samples(self, name: str, *, has_further_terms: bool = False) -> list[Sample]:
         samples, first = [], 0
         for number, (rewards, lengths) in enumerate(zip(self.rewards, self.lengths, strict=True)):
             for index, (advantage, length) in enumerate(zip(OBJECTIVES[name].advantages(rewards), lengths, strict=True)):
                 tokens, engine = range(first, first + length), self.engine_V[first : first + length]
-                samples.append(Sample(f"{number}/{index}", (0, 0, *tokens), 2, advantage, 1.0, tuple(engine.tolist()), 0))
+                sample = Sample(f"{number}/{index}", (0, 0, *tokens), 2, advantage, 1.0, tuple(engine.tolist()), 0)
+                samples.append(replace(sample, has_further_terms=has_further_terms))
                 first += length
         return samples
 
@@ -144,31 +195,34 @@ def draw_step(seed: int) -> Step:
 
     engine = torch.tensor([-draw.uniform(0.5, 6) for _ in range(total)], dtype=torch.float64)
     old = engine + shifts()
-    new, old, engine = ((values).float().double() for values in (old + shifts(), old, engine))
-    return Step(rewards, lengths, new, old, engine)
+    entropy = torch.tensor([draw.uniform(0.0, 3.0) for _ in range(total)], dtype=torch.float64)
+    new, old, engine, reference, entropy = (values.float().double() for values in (old + shifts(), old, engine, old + shifts(), entropy))
+    return Step(rewards, lengths, new, old, engine, reference, entropy)
 
 
-def expected(name: str, step: Step, switches: dict[str, float]) -> tuple[float, Tensor]:
-    """Loss of the step and its gradient by every current log-prob."""
+def expected(name: str, step: Step, switches: dict[str, Any]) -> tuple[float, Tensor, Tensor]:
+    """Loss of the step and its gradients by every current log-prob and every entropy."""
     row = TABLE[name]
     denominator = row.denominator(step.flat_lengths)
-    loss, gradient, place = 0.0, torch.zeros_like(step.new_V), 0
+    loss, gradient, entropy_gradient, place = 0.0, torch.zeros_like(step.new_V), torch.zeros_like(step.new_V), 0
     for rewards, lengths in zip(step.rewards, step.lengths, strict=True):
         for reward, length in zip(rewards, lengths, strict=True):
             for _ in range(length):
-                values = [float(values_V[place]) for values_V in (step.new_V, step.old_V, step.engine_V)]
-                term, slope = token_term(row, row.advantage(reward, rewards), *values, switches)
+                token = Token(*(float(values_V[place]) for values_V in step.values))
+                term, slope, entropy_slope = token_term(row, row.advantage(reward, rewards), token, switches)
                 loss += row.weight(length) * term / denominator
                 gradient[place] = row.weight(length) * slope / denominator
+                entropy_gradient[place] = row.weight(length) * entropy_slope / denominator
                 place += 1
-    return loss, gradient
+    return loss, gradient, entropy_gradient
 
 
-def measured(name: str, step: Step, switches: dict[str, float], rules: PackingRules) -> tuple[float, Tensor]:
+def measured(name: str, step: Step, switches: dict[str, Any], rules: PackingRules) -> tuple[float, Tensor, Tensor]:
     """The same by way of packing, micro-batch by micro-batch on every rank."""
     config = AlgorithmConfig(name=name, iterations=1, **switches)  # type: ignore[arg-type]
-    loss, objective, samples = make_loss(config), OBJECTIVES[name], step.samples(name)
-    new_V = step.new_V.float().requires_grad_()
+    loss, objective, samples = make_loss(config), OBJECTIVES[name], step.samples(name, has_further_terms=config.has_further_terms)
+    new_V, entropy_V = step.new_V.float().requires_grad_(), step.entropy_V.float().requires_grad_()
+    new_V.grad, entropy_V.grad = torch.zeros_like(new_V), torch.zeros_like(entropy_V)
     total, denominator = 0.0, 0
     for data_rank in range(rules.data_parallel_size):
         for context_rank in range(rules.context_parallel_size):
@@ -181,12 +235,13 @@ def measured(name: str, step: Step, switches: dict[str, float], rules: PackingRu
                 denominator=objective.denominator(step.flat_lengths, CONSTANT),
             )
             for item in batch.micro_batches:
-                terms = loss(new_V[item.targets_R], step.old_V.float()[item.targets_R], item)
+                reference_V = step.reference_V.float() if loss.has_kl else None
+                fixed = (None if values_V is None else values_V.float()[item.targets_R] for values_V in (step.old_V, reference_V))
+                terms = loss.terms(PolicyTokens(new_V[item.targets_R], entropy_V[item.targets_R], *fixed), item)
                 terms.losses_R.sum().backward()
                 total += terms.losses_R.double().sum().item()
                 denominator += item.denominator
-    assert new_V.grad is not None
-    return total / denominator, new_V.grad.double() / denominator
+    return total / denominator, new_V.grad.double() / denominator, entropy_V.grad.double() / denominator
 
 
 RULES = st.builds(
@@ -205,12 +260,11 @@ def test_loss_and_gradient_are_those_of_the_equation_however_the_step_is_packed(
     name: str, switch: str, seed: int, rules: PackingRules
 ) -> None:
     step = draw_step(seed)
-    (loss, gradient), (found, found_gradient) = (
-        expected(name, step, SWITCHES[switch]),
-        measured(name, step, SWITCHES[switch], rules),
-    )
+    loss, *gradients = expected(name, step, SWITCHES[switch])
+    found, *found_gradients = measured(name, step, SWITCHES[switch], rules)
     assert found == pytest.approx(loss, rel=1e-4, abs=1e-5)
-    torch.testing.assert_close(found_gradient, gradient, rtol=2e-5, atol=1e-8)
+    for found_gradient, gradient in zip(found_gradients, gradients, strict=True):  # by log-probs, by entropies
+        torch.testing.assert_close(found_gradient, gradient, rtol=2e-5, atol=1e-8)
 
 
 def test_the_table_has_every_row_of_the_package_and_all_can_be_chosen() -> None:
@@ -298,9 +352,7 @@ def test_reinforce_has_the_gradient_of_dr_grpo_at_ratio_one_and_keeps_it_where_d
     def gradients(**options: Any) -> Tensor:
         step = draw_step(3)
         old_V = step.new_V if options.pop("ratio_one") else step.old_V
-        return measured(
-            step=Step(step.rewards, step.lengths, step.new_V, old_V, step.engine_V), switches={}, rules=PackingRules(1, 64), **options
-        )[1]
+        return measured(step=replace(step, old_V=old_V), switches={}, rules=PackingRules(1, 64), **options)[1]
 
     assert torch.equal(gradients(name="reinforce", ratio_one=True), gradients(name="drgrpo", ratio_one=True))
     assert torch.equal(gradients(name="reinforce", ratio_one=False), gradients(name="reinforce", ratio_one=True))
@@ -316,3 +368,34 @@ def test_the_terms_of_reinforce_are_weighted_and_tell_a_ratio_that_is_in_no_loss
     assert torch.autograd.grad(terms.losses_R.sum(), logprobs)[0].tolist() == [-1.0, 0.25]
     assert terms.ratio_R.tolist() == pytest.approx([2.0, 1.0])
     assert not terms.clipped_R.any()
+
+
+@given(seed=st.integers(0, 99))
+def test_what_the_kl_estimators_are_over_a_whole_distribution(seed: int) -> None:
+    """Sums over the vocabulary stand for expectations under the policy, in float64 by way of float32's rounding of the estimates.
+
+    k1 and k3 have the divergence as their mean. As loss terms k1 has no gradient on average, k2 that of KL(policy || reference) and k3 that
+    of KL(reference || policy).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(20, generator=generator, dtype=torch.float64).requires_grad_()
+    reference = torch.log_softmax(logits.detach() + 0.3 * torch.randn(20, generator=generator, dtype=torch.float64), -1)
+    policy = torch.log_softmax(logits, -1)
+    probability = policy.detach().exp()
+    reverse = (policy.exp() * (policy - reference)).sum()
+    forward = (reference.exp() * (reference - policy)).sum()
+    means = {name: (probability * kl_estimate(name, policy, reference)).sum() for name in ("k1", "k2", "k3")}  # type: ignore[arg-type]
+    gradients = {name: torch.autograd.grad(mean_, logits, retain_graph=True)[0] for name, mean_ in means.items()}
+    assert means["k1"].item() == pytest.approx(reverse.item(), abs=1e-6)
+    assert means["k3"].item() == pytest.approx(reverse.item(), abs=1e-6)
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(gradients["k1"], torch.zeros_like(logits), **close)
+    torch.testing.assert_close(gradients["k2"], torch.autograd.grad(reverse, logits, retain_graph=True)[0], **close)
+    torch.testing.assert_close(gradients["k3"], torch.autograd.grad(forward, logits)[0], **close)
+    assert gradients["k2"].abs().max() > 1e-3
+
+
+def test_without_the_switches_a_loss_needs_neither_reference_nor_entropy() -> None:
+    plain, both = (make_loss(AlgorithmConfig(iterations=1, **SWITCHES[name])) for name in ("plain", "kl_entropy_tis"))
+    assert (plain.has_kl, plain.has_entropy, both.has_kl, both.has_entropy) == (False, False, True, True)
+    assert not make_loss(AlgorithmConfig(iterations=1, kl_coef=0.1, kl_in="reward")).has_kl

@@ -6,7 +6,8 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -312,10 +313,33 @@ def test_old_logprobs_are_those_of_the_same_micro_batches() -> None:
     MegatronPolicy = pytest.importorskip("megatron_r1z.policy.policy").MegatronPolicy
     rows = [make_sample(index, 3, 4 + index, 0.875) for index in range(9)]
     batches = pack_all(rows, PackingRules(data_parallel_size=2, micro_batch_tokens=20))
-    policy = SimpleNamespace(response_logprobs=lambda items: [item.engine_logprobs_R for item in items])
-    for batch, train_batch in zip(batches, MegatronPolicy.with_old_logprobs(policy, batches), strict=True):
+    policy = FakePolicy()
+    for batch, train_batch in zip(batches, MegatronPolicy.with_logprobs(policy, batches), strict=True):
         assert [work.batch for work in train_batch.work()] == list(batch.micro_batches)
         assert all(work.old_logprobs_R is work.batch.engine_logprobs_R for work in train_batch.work())
+        assert all(work.reference_logprobs_R is work.batch.temperatures_R for work in train_batch.work())
+    (alone,) = MegatronPolicy.with_logprobs(policy, batches[:1])
+    assert all(work.old_logprobs_R is None and work.reference_logprobs_R is work.batch.temperatures_R for work in alone.work())
+    policy._loss = SimpleNamespace(has_kl=False)
+    for train_batch in MegatronPolicy.with_logprobs(policy, batches):
+        assert all(work.reference_logprobs_R is None for work in train_batch.work())
+
+
+class FakePolicy:
+    """What `with_logprobs` asks of a policy: as itself it answers with one field of the micro-batches, as the reference with another."""
+
+    def __init__(self) -> None:
+        self._loss = SimpleNamespace(has_kl=True)
+        self._field = "engine_logprobs_R"
+
+    def response_logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        return [getattr(item, self._field) for item in batches]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        self._field = "temperatures_R"
+        yield
+        self._field = "engine_logprobs_R"
 
 
 # -------------------------------------------------------------------------------------------------------------- context parallel

@@ -17,8 +17,9 @@ pytest.importorskip("megatron.core")
 
 from megatron_r1z.corpus import Document
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.objective import PolicyTokens
 from megatron_r1z.packing import PackingRules
-from megatron_r1z.pretrain import make_batch, make_samples, next_token_loss
+from megatron_r1z.pretrain import make_batch, make_samples, next_token_terms
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,4 +62,5 @@ def test_the_loss_of_a_step_is_the_mean_negative_logprob() -> None:
     batch = make_batch(run, make_samples(run, [Document((1, 2, 3, 4), 0), Document((5, 6), 0)]))
     (item,) = batch.micro_batches
     logprobs = torch.tensor([-1.0, -2.0, -3.0, -6.0])
-    assert next_token_loss(logprobs, torch.zeros(4), item).losses_R.sum().item() / batch.denominator == pytest.approx(3.0)
+    terms = next_token_terms(PolicyTokens(logprobs, torch.zeros(4), torch.zeros(4), None), item)
+    assert terms.losses_R.sum().item() / batch.denominator == pytest.approx(3.0)

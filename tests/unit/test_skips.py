@@ -27,6 +27,7 @@ TAKEN = UpdateStats(
     ratio_max=1.0,
     entropy=0.5,
     sampler_kl=0.0,
+    reference_kl=0.0,
     mismatch_mean=0.0,
     mismatch_p999=0.0,
     mismatch_max=0.0,

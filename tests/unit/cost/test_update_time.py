@@ -82,3 +82,14 @@ def test_one_step_needs_no_old_logprobs() -> None:
     several = cost().time.logprobs
     assert several is not None
     assert several.total > 0
+
+
+def test_a_kl_term_takes_passes_and_a_copy_of_the_weights_in_the_hosts_memory() -> None:
+    plain, one_step = cost(), {"train_batch_size": 256}
+    assert plain.time.logprobs is not None
+    for switches, passes in (({"kl_coef": 0.1}, 1), ({"kl_coef": 0.1, "kl_in": "reward"}, 2), ({"kl_in": "reward"}, 0)):
+        alone, beside = cost(algorithm=switches | one_step), cost(algorithm=switches)
+        assert (alone.logprob_passes, beside.logprob_passes) == (passes, passes + 1)
+        assert beside.time.logprobs is not None
+        assert beside.time.logprobs.total == pytest.approx((passes + 1) * plain.time.logprobs.total)
+        assert alone.host_bytes == (8 * plain.policy.weights(0) if passes else 0)

@@ -44,6 +44,7 @@ def make_case(
         "weight": weight,
         "targets": torch.randint(vocab_size, (rows,), generator=generator),
         "factors": torch.randn(rows, generator=generator, dtype=dtype),
+        "entropy_factors": torch.randn(rows, generator=generator, dtype=dtype),
         "temperature": own if temperature is None else temperature,
         "vocab_size": vocab_size,
         "tile_bytes": tile_bytes,
@@ -65,15 +66,23 @@ def evaluate(case: dict[str, Any], hidden: Tensor, weight: Tensor) -> tuple[Tens
 
 
 def compute(case: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tested function and the gradients of the log-probs, each row times its factor."""
+    """The tested function and the gradients of the log-probs and of the entropies, each row times its factor."""
     hidden = case["hidden"].to(dtype).requires_grad_()
     weight = case["weight"].to(dtype).requires_grad_()
     logprobs, entropy = evaluate(case, hidden, weight)
-    assert not entropy.requires_grad
     assert logprobs.dtype == entropy.dtype == torch.promote_types(weight.dtype, torch.float32)
-    grad_hidden, grad_weight = torch.autograd.grad((logprobs * case["factors"]).sum(), [hidden, weight])
-    assert grad_hidden.dtype == grad_weight.dtype == weight.dtype
-    return {"logprobs": logprobs.detach(), "entropy": entropy, "hidden": grad_hidden, "weight": grad_weight}
+    gradients = gradients_of(case, logprobs, entropy, hidden, weight)
+    assert all(gradient.dtype == weight.dtype for gradient in gradients.values())
+    return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **gradients}
+
+
+def gradients_of(case: dict[str, Any], logprobs: Tensor, entropy: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Of log-probs alone, as without an entropy bonus, and of log-probs and entropies together."""
+    alone = (logprobs * case["factors"].to(logprobs)).sum()
+    both = alone + (entropy * case["entropy_factors"].to(logprobs)).sum()
+    grad_hidden, grad_weight = torch.autograd.grad(alone, [hidden, weight], retain_graph=True)
+    both_hidden, both_weight = torch.autograd.grad(both, [hidden, weight])
+    return {"hidden": grad_hidden, "weight": grad_weight, "hidden_of_both": both_hidden, "weight_of_both": both_weight}
 
 
 def expect(case: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -83,9 +92,8 @@ def expect(case: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, 
     temperature = torch.as_tensor(case["temperature"], dtype=torch.float64).reshape(-1, 1)
     all_logprobs = torch.log_softmax(hidden @ weight[: case["vocab_size"]].t() / temperature, dim=1)
     logprobs = all_logprobs.gather(1, case["targets"][:, None]).squeeze(1)
-    grad_hidden, grad_weight = torch.autograd.grad((logprobs * case["factors"].double()).sum(), [hidden, weight])
     entropy = -(all_logprobs.exp() * all_logprobs).sum(1)
-    return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), "hidden": grad_hidden, "weight": grad_weight}
+    return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **gradients_of(case, logprobs, entropy, hidden, weight)}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -132,18 +140,20 @@ def test_a_row_sees_its_own_temperature_only(seed: int) -> None:
     together = compute(case)
     for row, temperature in enumerate(case["temperature"].tolist()):
         alone = compute(case | {"temperature": temperature})
-        for name in ("logprobs", "entropy", "hidden"):
+        for name in ("logprobs", "entropy", "hidden", "hidden_of_both"):
             torch.testing.assert_close(together[name][row], alone[name][row], rtol=1e-12, atol=1e-12)
 
 
 @given(seed=st.integers(0, 999), padding=st.integers(1, 9))
 def test_padding_rows_get_no_probability_and_no_gradient(seed: int, padding: int) -> None:
     bare, padded = make_case(seed, 5, 23, 0), make_case(seed, 5, 23, padding)
-    padded |= {name: bare[name] for name in ("hidden", "targets", "factors")}
+    padded |= {name: bare[name] for name in ("hidden", "targets", "factors", "entropy_factors")}
     padded["weight"][:23] = bare["weight"]
     found, without = compute(padded), compute(bare)
-    assert torch.equal(found["weight"][23:], torch.zeros(padding, HIDDEN, dtype=torch.float64))
-    assert_same(found | {"weight": found["weight"][:23]}, without, 1e-13)
+    for name in ("weight", "weight_of_both"):
+        assert torch.equal(found[name][23:], torch.zeros(padding, HIDDEN, dtype=torch.float64))
+        found[name] = found[name][:23]
+    assert_same(found, without, 1e-13)
 
 
 def test_no_rows_at_all() -> None:
@@ -151,6 +161,7 @@ def test_no_rows_at_all() -> None:
     assert found["logprobs"].shape == found["entropy"].shape == (0,)
     assert found["hidden"].shape == (0, HIDDEN)
     assert not found["weight"].any()
+    assert not found["weight_of_both"].any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-10)])
@@ -184,10 +195,14 @@ def test_bf16_weights_get_a_float32_softmax(seed: int) -> None:
 
 def test_gradient_accumulates_over_micro_batches_like_one() -> None:
     case = make_case(3, 8, 17, 0)
-    halves = [compute(case | {name: case[name][part] for name in ("hidden", "targets", "factors")}) for part in (slice(0, 5), slice(5, 8))]
+    halves = [
+        compute(case | {name: case[name][part] for name in ("hidden", "targets", "factors", "entropy_factors")})
+        for part in (slice(0, 5), slice(5, 8))
+    ]
     whole = compute(case)
-    torch.testing.assert_close(halves[0]["weight"] + halves[1]["weight"], whole["weight"])
-    torch.testing.assert_close(torch.cat([half["hidden"] for half in halves]), whole["hidden"])
+    for of in ("", "_of_both"):
+        torch.testing.assert_close(halves[0][f"weight{of}"] + halves[1][f"weight{of}"], whole[f"weight{of}"])
+        torch.testing.assert_close(torch.cat([half[f"hidden{of}"] for half in halves]), whole[f"hidden{of}"])
 
 
 def test_a_vocabulary_over_two_ranks_is_one_vocabulary(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
@@ -207,8 +222,8 @@ def test_a_vocabulary_over_two_ranks_is_one_vocabulary(tmp_path: Path, run_ranks
         joined = {
             "logprobs": parts[0]["logprobs"],
             "entropy": parts[0]["entropy"],
-            "hidden": parts[0]["hidden"] + parts[1]["hidden"],
-            "weight": torch.cat([part["weight"] for part in parts]),
+            **{name: parts[0][name] + parts[1][name] for name in ("hidden", "hidden_of_both")},
+            **{name: torch.cat([part[name] for part in parts]) for name in ("weight", "weight_of_both")},
         }
         for name in ("logprobs", "entropy"):
             assert torch.equal(parts[0][name], parts[1][name])
@@ -255,15 +270,16 @@ def identity(tensor: Tensor) -> int:
     return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
+@pytest.mark.parametrize("has_bonus", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_as_large_as_tokens_times_vocabulary(dtype: torch.dtype) -> None:
+def test_nothing_is_as_large_as_tokens_times_vocabulary(dtype: torch.dtype, has_bonus: bool) -> None:
     """Neither a matrix of all logits nor one of all rows or of all columns: the largest is a gradient, or a tile."""
     rows, vocab_size, elements = 200, 300, 1000
     case = make_case(0, rows, vocab_size, 4, None, 4 * elements, torch.float32)
     hidden, weight = (case[name].to(dtype).requires_grad_() for name in ("hidden", "weight"))
     with Allocations() as forward:
-        logprobs, _ = evaluate(case, hidden, weight)
-    total = (logprobs * case["factors"]).sum()
+        logprobs, entropy = evaluate(case, hidden, weight)
+    total = (logprobs * case["factors"]).sum() + (entropy.sum() if has_bonus else 0)
     with Allocations() as backward:
         total.backward()
     gradients = weight.numel(), hidden.numel()

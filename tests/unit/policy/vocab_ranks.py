@@ -31,8 +31,11 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
             group=dist.group.WORLD,
             tile_bytes=case["tile_bytes"],
         )
-        (logprobs * case["factors"]).sum().backward()
-        results.append({"logprobs": logprobs.detach(), "entropy": entropy, "hidden": hidden.grad, "weight": weight.grad})
+        alone = (logprobs * case["factors"]).sum()
+        both = alone + (entropy * case["entropy_factors"]).sum()
+        names = ("hidden", "weight", "hidden_of_both", "weight_of_both")
+        gradients = (*torch.autograd.grad(alone, [hidden, weight], retain_graph=True), *torch.autograd.grad(both, [hidden, weight]))
+        results.append({"logprobs": logprobs.detach(), "entropy": entropy.detach(), **dict(zip(names, gradients, strict=True))})
     torch.save(results, folder / f"rank_{rank}.pt")
     dist.destroy_process_group()
 
