@@ -35,9 +35,11 @@ from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.metrics import Console, RunLog, SilentLog
 from megatron_r1z.objective import make_loss
+from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
-from megatron_r1z.policy.policy import MegatronPolicy, Settings
+from megatron_r1z.policy.policy import MegatronPolicy
+from megatron_r1z.policy.trained import Settings
 from megatron_r1z.pretrain import NEXT_TOKEN_LOSS, Pretraining, PretrainState
 from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
@@ -110,6 +112,15 @@ def make_policy(config: Settings, weights: Weights) -> MegatronPolicy:
     return policy
 
 
+def make_critic(config: TrainConfig, weights: Weights, policy: MegatronPolicy) -> MegatronCritic:
+    """The critic, which starts from the weights that `policy` has, ready to train."""
+    padded = padded_vocab_size(weights.shape.vocab_size, POLICY_VOCAB_MULTIPLE[layer_spec()] * weights.topology.tp)
+    critic = MegatronCritic(config, weights.shape, weights.topology, padded_vocab_size=padded)
+    critic.start_as(policy.parameters())
+    critic.start_training(config.algorithm.value_clip, config.optimizer.of_critic)
+    return critic
+
+
 def make_log(folder: Path, config: TrainConfig | PretrainConfig, finished: Mapping[str, int]) -> RunLog:
     """The log of this rank; rank 0 also writes the resolved configuration and the versions. `finished`: see `RunLog`."""
     if dist.get_rank() != 0:
@@ -171,13 +182,14 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     policy = make_policy(config, weights)
     if config.algorithm.kl_coef:
         policy.keep_reference()
+    critic = make_critic(config, weights, policy) if config.algorithm.has_critic else None
     policy.start_training(make_loss(config.algorithm), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
     state = RunState(0, 0, prompts.to_state())
     latest = checkpoints.latest()
     if latest is not None:
-        state = RunState(**checkpoints.load(latest, policy))
+        state = RunState(**checkpoints.load(latest, policy, critic))
         prompts.restore(state.prompts)
     log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
     _say_sets(log, [*train_sets, *evaluation], config)
@@ -195,6 +207,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
         yield Run(
             config=config,
             policy=policy,
+            critic=critic,
             engine=engine,
             grader=grader,
             refit=make_refit(config, weights, policy, engine, matrices),

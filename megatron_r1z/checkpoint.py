@@ -31,9 +31,11 @@ from megatron_r1z.errors import DataError, ExportError
 from megatron_r1z.folders import STATE_FILE, WEIGHTS_FILE
 from megatron_r1z.policy.cpu import megatron_device
 from megatron_r1z.policy.model import EXTRA_STATE
+from megatron_r1z.policy.trained import CRITIC_PREFIX
 from megatron_r1z.ranks import broadcast
 
 if TYPE_CHECKING:
+    from megatron_r1z.policy.critic import MegatronCritic
     from megatron_r1z.policy.policy import MegatronPolicy
 
 
@@ -49,10 +51,10 @@ class Checkpoints:
         pointer = self.folder / "latest"
         return self.folder / pointer.read_text().strip() if pointer.exists() else None
 
-    def save(self, step: int, policy: MegatronPolicy, state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, policy: MegatronPolicy, state: Mapping[str, Any], critic: MegatronCritic | None = None) -> Path:
         """Write checkpoint `step`; all ranks call this. `state` is JSON-able and the same on every rank."""
         target = self.folder / f"step_{step:06d}"
-        _save(target, policy.sharded_state(is_loading=False), STATE_FILE, state)
+        _save(target, _sharded_state(policy, critic, is_loading=False), STATE_FILE, state)
         if dist.get_rank() == 0:
             _write_synced(self.folder / "latest.partial", target.name)
             (self.folder / "latest.partial").rename(self.folder / "latest")
@@ -60,19 +62,26 @@ class Checkpoints:
         dist.barrier()
         return target
 
-    def load(self, path: Path, policy: MegatronPolicy) -> dict[str, Any]:
-        """Put a checkpoint into `policy` and return its `state`; all ranks call this.
+    def load(self, path: Path, policy: MegatronPolicy, critic: MegatronCritic | None = None) -> dict[str, Any]:
+        """Put a checkpoint into `policy` and `critic` and return its `state`; all ranks call this.
 
         Raises:
-            DataError: the checkpoint is not complete.
+            DataError: the checkpoint is not complete, or has no critic where there is one.
         """
         if not is_complete(path):
             raise DataError(
                 f"{path} is not a complete checkpoint; write the name of another one into the file 'latest' beside it, "
                 "or delete that file to start again."
             )
+        if critic is not None and not any(key.startswith(CRITIC_PREFIX) for key in load_sharded_metadata(str(path))):
+            raise DataError(
+                f"{path} has no critic; go on with the algorithm.name that the run had, or start a new one with model.checkpoint."
+            )
         with megatron_device():
-            policy.load_state(_load(policy.sharded_state(is_loading=True), path))
+            loaded = _load(_sharded_state(policy, critic, is_loading=True), path)
+        policy.load_state(loaded)
+        if critic is not None:
+            critic.load_state(loaded["critic"])
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
         return state
 
@@ -110,6 +119,11 @@ def load_weights(path: Path, policy: MegatronPolicy) -> None:
         policy.load_weights(_load(policy.sharded_weights(), path))
 
 
+def _sharded_state(policy: MegatronPolicy, critic: MegatronCritic | None, *, is_loading: bool) -> dict[str, Any]:
+    state = policy.sharded_state(is_loading=is_loading)
+    return state if critic is None else state | {"critic": critic.sharded_state(is_loading=is_loading)}
+
+
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     """What `sharded` describes, without the extra state of modules that had none when the checkpoint was written.
 
@@ -121,12 +135,16 @@ def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     def is_there(entry: object) -> bool:
         return not isinstance(entry, ShardedObject) or not entry.key.endswith(EXTRA_STATE) or entry.unique_key in stored
 
-    readable = {
-        name: {key: entry for key, entry in part.items() if is_there(entry)} if name.startswith("model") else part
-        for name, part in sharded.items()
-    }
-    loaded: dict[str, Any] = dist_checkpointing.load(readable, str(path))
+    def readable(parts: dict[str, Any]) -> dict[str, Any]:
+        found = {name: {key: entry for key, entry in part.items() if is_there(entry)} for name, part in parts.items() if _is_model(name)}
+        return parts | found | ({"critic": readable(parts["critic"])} if "critic" in parts else {})
+
+    loaded: dict[str, Any] = dist_checkpointing.load(readable(sharded), str(path))
     return loaded
+
+
+def _is_model(name: str) -> bool:
+    return name.startswith("model")
 
 
 def _save(target: Path, sharded: dict[str, Any], last_file: str, content: Mapping[str, Any]) -> None:

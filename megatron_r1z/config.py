@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 
@@ -26,7 +26,7 @@ RefitWay = Literal["planned", "gathered"]
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 """Bytes of one element by number format."""
 RewardForm = Literal["auto", "boxed", "answer_tag", "answer_tag_lenient", "think_then_boxed"]
-Algorithm = Literal["drgrpo", "grpo", "grpo_remove_std_bias", "grpo_remove_len_bias", "rloo", "token_mean", "reinforce"]
+Algorithm = Literal["drgrpo", "grpo", "grpo_remove_std_bias", "grpo_remove_len_bias", "rloo", "token_mean", "reinforce", "ppo"]
 KlEstimator = Literal["k1", "k2", "k3"]
 KlPlace = Literal["loss", "reward"]
 Recompute = Literal["none", "selective", "full"]
@@ -390,6 +390,10 @@ class AlgorithmConfig:
     """How it is estimated from the sampled tokens: k1, k2 or k3 of Schulman (docs/algorithms.md)."""
     entropy_coef: float = 0.0
     """Weight of the entropy of each token's distribution, which is taken off the loss; 0: off."""
+    gae_lambda: float = 1.0
+    """Decay of generalised advantage estimation under ppo; 1: the rewards to come less the value."""
+    value_clip: float = 0.2
+    """How far one iteration moves the critic's value of a token under ppo, before its loss stops to fall."""
     mask_truncated: bool = False
     """Responses that ended at the token limit have advantage 0. They stay in the baseline of their group and in the denominator."""
     filter_groups: bool = False
@@ -414,6 +418,19 @@ class AlgorithmConfig:
                 f"algorithm: with kl_in reward and kl_coef {self.kl_coef} no group has equal rewards, so filter_groups has none to filter; "
                 "leave it out, or set kl_in=loss."
             )
+        if not 0 <= self.gae_lambda <= 1:
+            raise ConfigError(f"algorithm.gae_lambda is {self.gae_lambda}; it must be between 0 and 1.")
+        _positive(self, "value_clip")
+        if self.has_critic and (self.mask_truncated or self.filter_groups or self.sampling_rounds > 1):
+            raise ConfigError(
+                "algorithm: under ppo every response has advantages and the critic learns from each, so mask_truncated, filter_groups "
+                "and sampling_rounds have no meaning; leave them out."
+            )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages come from a critic, not from the rewards of a group."""
+        return self.name == "ppo"
 
     def kl_is_in(self, place: KlPlace) -> bool:
         """Whether there is a reference model, and this is where the divergence from it goes."""
@@ -421,8 +438,8 @@ class AlgorithmConfig:
 
     @property
     def has_further_terms(self) -> bool:
-        """Whether the loss has terms that do not depend on the advantage."""
-        return self.kl_is_in("loss") or self.entropy_coef > 0
+        """Whether there is a loss that does not depend on the advantage."""
+        return self.kl_is_in("loss") or self.entropy_coef > 0 or self.has_critic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,6 +448,8 @@ class OptimizerConfig:
 
     lr: float = 1e-6
     """Learning rate after warm-up."""
+    critic_lr: float = 9e-6
+    """That of the critic under ppo; schedule, floor (in proportion) and all else are those of the policy."""
     min_lr: float = 0.0
     """Floor of the decaying schedules."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -455,7 +474,7 @@ class OptimizerConfig:
     """Optimizer steps in a row that are skipped, because a loss or gradient is not finite, before the run stops."""
 
     def __post_init__(self) -> None:
-        _positive(self, "lr", "eps", "clip_grad", "max_skipped_steps")
+        _positive(self, "lr", "critic_lr", "eps", "clip_grad", "max_skipped_steps")
         _not_negative(self, "min_lr", "warmup_steps", "decay_steps", "weight_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas are {list(self.betas)}; each must be at least 0 and below 1.")
@@ -467,6 +486,11 @@ class OptimizerConfig:
             raise ConfigError(
                 "optimizer.offload_to_host is a part of Megatron's distributed optimizer; set optimizer.distributed=true too."
             )
+
+    @property
+    def of_critic(self) -> Self:
+        """The critic's optimizer."""
+        return dataclasses.replace(self, lr=self.critic_lr, min_lr=self.min_lr * self.critic_lr / self.lr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -678,7 +702,7 @@ class TrainConfig:
                 f"algorithm.kl_coef is {self.algorithm.kl_coef}, and the reference model's weights take the place of the policy's for a "
                 "pass, which weights in FP8 alone do not survive to the bit; set precision.fp8.param=false."
             )
-        if self.rollout.samples_per_prompt == 1:
+        if self.rollout.samples_per_prompt == 1 and not self.algorithm.has_critic:
             raise ConfigError("an advantage compares the samples of a prompt; rollout.samples_per_prompt is 1 and must be at least 2.")
 
     @property

@@ -9,6 +9,7 @@ Every rank runs this same program. `Run` lists the parts: `prompts.py` draws que
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +29,16 @@ from megatron_r1z.metrics import (
     RunLog,
     Stopwatch,
     combine_steps,
+    critic_metrics,
     grading_warning,
     penalty_metrics,
     refit_metrics,
     rollout_metrics,
     update_metrics,
 )
-from megatron_r1z.objective import OBJECTIVES, Objective, kl_estimate
-from megatron_r1z.packing import GlobalBatch, pack
+from megatron_r1z.objective import AGGREGATIONS, Aggregation, Objective, estimated, kl_estimate, token_rewards
+from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
+from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.prompts import PromptSet, PromptStream
 from megatron_r1z.protocols import Engine, Grader, Sampling
@@ -45,7 +48,7 @@ from megatron_r1z.scores import score
 from megatron_r1z.skips import Skips
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.token_figures import gather_figures
-from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, Sample, TokenFigures, UpdateStats
+from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, Sample, TokenFigures, UpdateStats, ValueStats
 
 CERTIFICATE_GROUPS = 32
 """Groups whose log-probs are compared between engine and policy before the first update."""
@@ -69,6 +72,8 @@ class Run:
 
     config: TrainConfig
     policy: MegatronPolicy
+    critic: MegatronCritic | None
+    """Under PPO."""
     engine: Engine
     grader: Grader
     refit: Callable[[int], RefitReceipt]
@@ -82,15 +87,17 @@ class Run:
     state: RunState
     watch: Stopwatch = field(init=False)
     skips: Skips = field(init=False)
+    critic_skips: Skips = field(init=False)
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.log)
         self.skips = Skips(self.config.optimizer.max_skipped_steps)
+        self.critic_skips = Skips(self.config.optimizer.max_skipped_steps, name="the critic's ")
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> Aggregation:
         """The row of the objective table."""
-        return OBJECTIVES[self.config.algorithm.name]
+        return AGGREGATIONS[self.config.algorithm.name]
 
     @property
     def folder(self) -> Path:
@@ -138,8 +145,8 @@ def train(run: Run) -> bool:
         if run.stopped():
             break
         trained = choose_groups(graded, run.config.rollout.prompts_per_iteration)
-        penalties = kl_penalties(trained, run)  # none unless the reward has a KL term
-        samples = make_samples(trained, run.objective, run.config.rollout.temperature, run.config.algorithm, penalties)
+        estimates = make_estimates(trained, run)  # empty without a critic and a KL term in the reward
+        samples = make_samples(trained, run.objective, run.config.rollout.temperature, run.config.algorithm, estimates)
         batches, step_of = make_batches(samples, run, iteration)
         if not certified:
             _certify(run, samples)
@@ -147,12 +154,14 @@ def train(run: Run) -> bool:
         with run.watch.phase("update"):
             train_batches = run.policy.with_logprobs(batches)  # one old policy for all steps
             stats = [run.policy.update(batch) for batch in train_batches]  # one optimizer step each
+            critic_stats = [run.critic.update(batch) for batch in batches] if run.critic else []
         receipt = _hand_over(run, policy_version=iteration + 1)
         run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state())
         _keep_rollouts(run, iteration, trained, samples, step_of)
-        _record(run, rollout_metrics(graded, num_rounds) | penalty_metrics(penalties), stats, receipt)
-        _count_skips(run, stats, samples, step_of)
-        if run.skips.too_many:
+        _record(run, rollout_metrics(graded, num_rounds) | penalty_metrics(estimates.divergences), stats, critic_stats, receipt)
+        _count_skips(run, run.skips, stats, samples, step_of)
+        _count_skips(run, run.critic_skips, critic_stats, samples, step_of)
+        if run.skips.too_many or run.critic_skips.too_many:
             break
         if _is_due(run, run.config.evaluation.every):
             _evaluate(run)
@@ -160,7 +169,8 @@ def train(run: Run) -> bool:
             saved = _save(run)
     if saved != run.state:
         _save(run)
-    run.skips.check(f"iteration {run.state.iteration}")
+    for skips in (run.skips, run.critic_skips):
+        skips.check(f"iteration {run.state.iteration}")
     return run.state.iteration == run.config.algorithm.iterations
 
 
@@ -198,57 +208,101 @@ def choose_groups(graded: Sequence[GradedGroup], count: int) -> list[GradedGroup
     return sorted(chosen, key=lambda item: item.group.group_id)
 
 
-def kl_penalties(graded: Sequence[GradedGroup], run: Run) -> TokenFigures:
-    """Estimated divergence of the policy that sampled from the reference model, of each response token; empty unless rewards have it."""
+@dataclass(frozen=True)
+class Estimates:
+    """What models say of the response tokens before advantages are taken; None where nothing asks for it."""
+
+    divergences: TokenFigures | None = None
+    """From the reference model, of the policy that sampled; where rewards have a KL term."""
+    values: TokenFigures | None = None
+    """The critic's before each token."""
+
+
+def make_estimates(graded: Sequence[GradedGroup], run: Run) -> Estimates:
+    """Passes over all responses, of the models that advantages need; all ranks call this, and none makes a pass where none is needed."""
     algorithm = run.config.algorithm
-    if not algorithm.kl_is_in("reward"):
-        return {}
-    samples = make_samples(graded, run.objective, run.config.rollout.temperature, algorithm)
-    batches = _pack(run, samples, skip_zero_advantage=False).micro_batches
-    with run.watch.phase("reference"):
-        own = run.policy.response_logprobs(batches)
-        with run.policy.as_reference():
-            reference = run.policy.response_logprobs(batches)
+    has_kl = algorithm.kl_is_in("reward")
+    if run.critic is None and not has_kl:
+        return Estimates()
+    batches = _pack(run, make_rows(graded, run.config.rollout.temperature), skip_zero_advantage=False).micro_batches
+    with run.watch.phase("estimate"):
+        divergences = _divergences(run, batches) if has_kl else None
+        values = None if run.critic is None else gather_figures(batches, run.critic.values(batches), run.policy.topology)
+    return Estimates(divergences, values)
+
+
+def _divergences(run: Run, batches: Sequence[MicroBatch]) -> TokenFigures:
+    own = run.policy.response_logprobs(batches)
+    with run.policy.as_reference():
+        reference = run.policy.response_logprobs(batches)
     pairs = zip(own, reference, strict=True)
-    figures = [None if mine is None or other is None else kl_estimate(algorithm.kl_estimator, mine, other) for mine, other in pairs]
+    estimator = run.config.algorithm.kl_estimator
+    figures = [None if mine is None or other is None else kl_estimate(estimator, mine, other) for mine, other in pairs]
     return gather_figures(batches, figures, run.policy.topology)
+
+
+def make_rows(graded: Sequence[GradedGroup], temperature: float) -> list[Sample]:
+    """One row per response, in group order, without an advantage yet; `temperature` is what they were sampled at."""
+    return [
+        Sample(
+            sample_id=f"{item.group.group_id}/{index}",
+            token_ids=item.group.prompt.token_ids + response.token_ids,
+            prompt_length=len(item.group.prompt.token_ids),
+            advantage=0.0,
+            temperature=temperature,
+            engine_logprobs=response.logprobs,
+            policy_version=response.policy_version,
+        )
+        for item in graded
+        for index, response in enumerate(item.group.responses)
+    ]
 
 
 def make_samples(
     graded: Sequence[GradedGroup],
-    objective: Objective,
+    objective: Aggregation,
     temperature: float,
     algorithm: AlgorithmConfig,
-    penalties: TokenFigures | None = None,
+    estimates: Estimates | None = None,
 ) -> list[Sample]:
-    """One row per response, in group order, with its advantage; `temperature` is what they were sampled at.
+    """The rows with their advantages: of the group's rewards or, under PPO, of the critic's values.
 
-    From the reward of a response goes the sum of its `penalties`, times `kl_coef`. With `mask_truncated` a response that ended at the token
-    limit gets advantage 0, after its reward went into those of its group.
+    Each token pays for its divergence from the reference model where rewards have a KL term. With `mask_truncated` a response that ended at
+    the token limit gets advantage 0, after its reward went into those of its group.
     """
-    penalty_of = {sample_id: algorithm.kl_coef * math.fsum(values) for sample_id, values in (penalties or {}).items()}
+    known = estimates or Estimates()
     samples = []
     for item in graded:
-        prompt = item.group.prompt
-        names = [f"{item.group.group_id}/{index}" for index in range(len(item.verdicts))]
-        rewards = [verdict.reward - penalty_of.get(name, 0.0) for name, verdict in zip(names, item.verdicts, strict=True)]
-        is_counted = item.is_mixed or not algorithm.filter_groups
-        for name, response, advantage in zip(names, item.group.responses, objective.advantages(rewards), strict=True):
-            is_masked = algorithm.mask_truncated and response.finish_reason is FinishReason.LENGTH
-            samples.append(
-                Sample(
-                    sample_id=name,
-                    token_ids=prompt.token_ids + response.token_ids,
-                    prompt_length=len(prompt.token_ids),
-                    advantage=0.0 if is_masked else advantage,
-                    temperature=temperature,
-                    engine_logprobs=response.logprobs,
-                    policy_version=response.policy_version,
-                    is_counted=is_counted,
-                    has_further_terms=algorithm.has_further_terms and is_counted,
-                )
-            )
+        rows = make_rows([item], temperature)
+        rewards = [
+            token_rewards(verdict.reward, row.response_length, algorithm.kl_coef, (known.divergences or {}).get(row.sample_id))
+            for row, verdict in zip(rows, item.verdicts, strict=True)
+        ]
+        if isinstance(objective, Objective):
+            samples += _with_group_advantages(item, rows, objective.advantages([math.fsum(of_tokens) for of_tokens in rewards]), algorithm)
+        else:
+            samples += [_with_token_advantages(*pair, known.values or {}, algorithm.gae_lambda) for pair in zip(rows, rewards, strict=True)]
     return samples
+
+
+def _with_token_advantages(row: Sample, rewards: Sequence[float], values: TokenFigures, decay: float) -> Sample:
+    before = values[row.sample_id]
+    return replace(row, advantage=tuple(estimated(rewards, before, decay)), values=tuple(before), has_further_terms=True)
+
+
+def _with_group_advantages(
+    item: GradedGroup, rows: Sequence[Sample], advantages: Sequence[float], algorithm: AlgorithmConfig
+) -> list[Sample]:
+    is_counted = item.is_mixed or not algorithm.filter_groups
+    return [
+        replace(
+            row,
+            advantage=0.0 if algorithm.mask_truncated and response.finish_reason is FinishReason.LENGTH else advantage,
+            is_counted=is_counted,
+            has_further_terms=algorithm.has_further_terms and is_counted,
+        )
+        for row, response, advantage in zip(rows, item.group.responses, advantages, strict=True)
+    ]
 
 
 def make_batches(samples: Sequence[Sample], run: Run, iteration: int) -> tuple[list[GlobalBatch], dict[str, int]]:
@@ -310,7 +364,7 @@ def _evaluate(run: Run) -> None:
 def _save(run: Run) -> RunState:
     state = run.state
     with run.watch.phase("checkpoint"):
-        run.checkpoints.save(state.iteration, run.policy, {"iteration": state.iteration, "steps": state.steps, "prompts": state.prompts})
+        run.checkpoints.save(state.iteration, run.policy, dataclasses.asdict(state), run.critic)
     run.log.write("iteration", state.iteration, run.watch.lap())
     return state
 
@@ -320,9 +374,11 @@ def _keep_rollouts(run: Run, iteration: int, graded: Sequence[GradedGroup], samp
         save_rollouts(run.folder / "rollouts", iteration, graded, samples, step_of)
 
 
-def _record(run: Run, rollout: Metrics, stats: Sequence[UpdateStats], receipt: RefitReceipt) -> None:
+def _record(run: Run, rollout: Metrics, stats: Sequence[UpdateStats], critic_stats: Sequence[ValueStats], receipt: RefitReceipt) -> None:
     """Write the figures of the iteration that just ended."""
     steps = [update_metrics(item) for item in stats]
+    if critic_stats:
+        steps = [row | critic_metrics(item) for row, item in zip(steps, critic_stats, strict=True)]
     first = run.state.steps - len(steps)
     if len(steps) > 1:
         for index, row in enumerate(steps):
@@ -335,11 +391,13 @@ def _record(run: Run, rollout: Metrics, stats: Sequence[UpdateStats], receipt: R
         run.log.say(warning)
 
 
-def _count_skips(run: Run, stats: Sequence[UpdateStats], samples: Sequence[Sample], step_of: dict[str, int]) -> None:
+def _count_skips(
+    run: Run, skips: Skips, stats: Sequence[UpdateStats | ValueStats], samples: Sequence[Sample], step_of: dict[str, int]
+) -> None:
     """Tell of skipped steps of the iteration that just ended."""
     for index, item in enumerate(stats):
         members = [sample for sample in samples if step_of[sample.sample_id] == index]
-        warning = run.skips.count(run.state.steps - len(stats) + index + 1, item, members)
+        warning = skips.count(run.state.steps - len(stats) + index + 1, item, members)
         if warning is not None:
             run.log.say(warning)
 

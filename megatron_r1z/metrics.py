@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
-from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, TokenFigures, UpdateStats, VerdictKind
+from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, TokenFigures, UpdateStats, ValueStats, VerdictKind
 
 Metrics = dict[str, float]
 MAX_UNGRADED_SHARE = 0.02
@@ -48,9 +48,9 @@ def rollout_metrics(graded: Sequence[GradedGroup], num_rounds: int = 1) -> Metri
     }
 
 
-def penalty_metrics(penalties: TokenFigures) -> Metrics:
+def penalty_metrics(penalties: TokenFigures | None) -> Metrics:
     """Divergence from the reference model where rewards have it; nothing elsewhere."""
-    values = [value for of_sample in penalties.values() for value in of_sample]
+    values = [value for of_sample in (penalties or {}).values() for value in of_sample]
     return {"rollout/reference_kl_nats": fmean(values)} if values else {}
 
 
@@ -88,6 +88,20 @@ def update_metrics(stats: UpdateStats) -> Metrics:
     }
 
 
+def critic_metrics(stats: ValueStats) -> Metrics:
+    """One optimizer step of the critic."""
+    return {
+        "critic/loss": stats.loss,
+        "critic/grad_norm": stats.grad_norm,
+        "critic/learning_rate": stats.learning_rate,
+        "critic/clip_fraction": stats.clip_fraction,
+        "critic/value_mean": stats.value_mean,
+        "critic/return_mean": stats.return_mean,
+        "critic/explained_variance": stats.explained_variance,
+        "critic/skipped_steps": float(stats.skipped),
+    }
+
+
 def refit_metrics(receipt: RefitReceipt) -> Metrics:
     """One hand-over of weights."""
     return {"refit/bytes": float(receipt.nbytes), "refit/seconds_s": receipt.seconds}
@@ -103,6 +117,7 @@ _COMBINE: dict[str, Callable[[list[float]], float]] = {
     "update/mismatch_max_nats": max,
     "update/trained_tokens": sum,
     "update/skipped_steps": sum,
+    "critic/skipped_steps": sum,
 }
 
 

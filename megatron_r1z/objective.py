@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
@@ -38,16 +38,16 @@ class Aggregation:
     """Response length to w_i."""
     denominator: Callable[[Sequence[int], int], int]
     """Response lengths of the whole step, of counted samples, and the length constant to D; at least 1."""
+    clips: bool = field(default=True, kw_only=True)
+    """False: the loss of a token is -A_i * logp_it, which has no ratio."""
 
 
 @dataclass(frozen=True)
 class Objective(Aggregation):
-    """One row of the table."""
+    """A row of the table whose advantages come from the rewards of a group."""
 
     advantages: Callable[[Sequence[float]], list[float]]
     """Rewards of one group to advantages."""
-    clips: bool = True
-    """False: the loss of a token is -A_i * logp_it, which has no ratio."""
 
 
 def centred(rewards_G: Sequence[float]) -> list[float]:
@@ -66,6 +66,26 @@ def leave_one_out(rewards_G: Sequence[float]) -> list[float]:
     """Reward minus the mean of the other samples, which is the centred advantage times G / (G - 1): RLOO."""
     factor = len(rewards_G) / (len(rewards_G) - 1)
     return [value * factor for value in centred(rewards_G)]
+
+
+def token_rewards(reward: float, length: int, kl_coef: float, divergences_L: Sequence[float] | None) -> list[float]:
+    """The reward of a response at its last token and, where there are divergences, each token's price for its own."""
+    rewards = [-kl_coef * value for value in divergences_L] if divergences_L else [0.0] * length
+    return [*rewards[:-1], rewards[-1] + reward]
+
+
+def estimated(rewards_L: Sequence[float], values_L: Sequence[float], decay: float) -> list[float]:
+    """Advantages of the tokens of one response by generalised advantage estimation (arXiv 1506.02438, eq. 16) with gamma 1.
+
+    `values_L` are the critic's before each token, `decay` is lambda. Behind the last token there is nothing: value 0. With lambda 1 an
+    advantage is the sum of the rewards from its token on, less its value; plus its value it is the return, which the critic learns.
+    """
+    advantages, following, value_behind = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards_L), reversed(values_L), strict=True):
+        following = reward + value_behind - value + decay * following
+        advantages.append(following)
+        value_behind = value
+    return advantages[::-1]
 
 
 def _one(_length: int) -> float:
@@ -102,8 +122,8 @@ and `remove_len_bias` of OAT); `rloo`: 2402.14740; `token_mean`: the aggregation
 OAT's `oat/algorithms/ppo.py` with its default critic, which is Dr. GRPO's advantage and constant."""
 
 AGGREGATIONS: dict[str, Aggregation] = {**OBJECTIVES, "ppo": Aggregation(_inverse, _samples)}
-"""`ppo`: the mean over the tokens of a response, then over responses (OAT, `oat/algorithms/ppo.py`). Its advantages come per token from a
-critic, of which there is none: it is no objective that a run can have."""
+"""All rows. `ppo`: arXiv 1707.06347 with the mean over the tokens of a response, then over responses (OAT, `oat/algorithms/ppo.py`); its
+advantages come per token from a critic (`estimated`)."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +175,7 @@ def make_loss(config: AlgorithmConfig) -> Loss:
 
 def _terms_of(config: AlgorithmConfig, tokens: PolicyTokens, batch: MicroBatch) -> TokenLosses:
     given = (tokens.logprobs_R, tokens.old_logprobs_R, batch.advantages_R, batch.weights_R)
-    if OBJECTIVES[config.name].clips:
+    if AGGREGATIONS[config.name].clips:
         terms = clipped_losses(*given, config.clip_low, config.clip_high, config.dual_clip)
     else:
         terms = reinforce_losses(*given)
@@ -212,6 +232,20 @@ def importance_sampled(terms: TokenLosses, old_logprobs_R: Tensor, engine_logpro
     importance = torch.exp(old_logprobs_R.detach().float() - engine_logprobs_R.float())
     factor = importance.clamp(max=cap)
     return replace(terms, losses_R=factor * terms.losses_R, importance_R=factor, truncated_R=importance > cap)
+
+
+def clipped_value_losses(
+    values_R: Tensor, old_values_R: Tensor, returns_R: Tensor, weights_R: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """The critic's loss of each token, w_i / 2 * max((V - R)^2, (V clipped to old V +- clip - R)^2), and where it is a clipped one.
+
+    The clip bounds how far one iteration moves a value (OAT, `oat/algorithms/ppo.py`).
+    """
+    moved = values_R - old_values_R
+    squares = (values_R - returns_R).square()
+    clipped_squares = (old_values_R + moved.clamp(-clip, clip) - returns_R).square()
+    is_clipped = (moved.abs() > clip) & (clipped_squares > squares)  # within the clip both are the same but for rounding
+    return weights_R * torch.where(is_clipped, clipped_squares, squares) / 2, is_clipped
 
 
 def likelihood_losses(logprobs_R: Tensor, weights_R: Tensor) -> TokenLosses:

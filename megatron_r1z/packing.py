@@ -42,6 +42,9 @@ class MicroBatch:
     weights_R: Tensor
     temperatures_R: Tensor
     engine_logprobs_R: Tensor
+    values_R: Tensor
+    """The critic's when the samples were made; 0 without a critic, as the returns."""
+    returns_R: Tensor
     sequences_R: Tensor
     """Number of the sequence that the token is in."""
     sample_ids: tuple[str, ...]
@@ -328,6 +331,8 @@ def _make_micro_batch(
     weights: list[float] = []
     temperatures: list[float] = []
     engine: list[float] = []
+    values: list[float] = []
+    returns: list[float] = []
     sequences: list[int] = []
     for number, sample in enumerate(samples):
         length, padded = sample.response_length, pad.length(sample)
@@ -338,6 +343,8 @@ def _make_micro_batch(
         weights.extend([token_weight(length)] * length)
         temperatures.extend([sample.temperature] * length)
         engine.extend(sample.engine_logprobs or [0.0] * length)
+        values.extend(sample.values or [0.0] * length)
+        returns.extend(sample.returns if sample.values else [0.0] * length)
         sequences.extend([number] * length)
         tokens.extend((*sample.token_ids, *[0] * (padded - len(sample.token_ids))))
         positions.extend(range(padded))
@@ -359,6 +366,8 @@ def _make_micro_batch(
         weights_R=torch.tensor(weights, dtype=torch.float32),
         temperatures_R=torch.tensor(temperatures, dtype=torch.float32),
         engine_logprobs_R=torch.tensor(engine, dtype=torch.float32),
+        values_R=torch.tensor(values, dtype=torch.float32),
+        returns_R=torch.tensor(returns, dtype=torch.float32),
         sequences_R=torch.tensor(sequences, dtype=torch.int64),
         sample_ids=tuple(sample.sample_id for sample in samples),
         denominator=denominator,

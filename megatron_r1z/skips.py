@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_r1z.errors import TrainingError
-from megatron_r1z.types import Sample, UpdateStats
+from megatron_r1z.types import Sample, UpdateStats, ValueStats
 
 MAX_NAMES = 8
 """Samples that a sentence names; of more it gives the number."""
@@ -17,19 +17,21 @@ class Skips:
     """Counts skipped steps in a row, equally on every rank since `UpdateStats` is; a resumed run starts at 0."""
 
     limit: int
+    name: str = ""
+    """Whose steps they are, where it is not the policy."""
     in_a_row: int = 0
     too_many: bool = False
     last: str = ""
     """The step that was skipped last, and why."""
 
-    def count(self, step: int, stats: UpdateStats, samples: Sequence[Sample]) -> str | None:
+    def count(self, step: int, stats: UpdateStats | ValueStats, samples: Sequence[Sample]) -> str | None:
         """Take note of optimizer step `step` over `samples`; returns a sentence for the log where it was skipped."""
         if not stats.skipped:
             self.in_a_row = 0
             return None
         self.in_a_row += 1
         self.too_many |= self.in_a_row >= self.limit
-        self.last = f"optimizer step {step}: {_reason(stats, samples)}"
+        self.last = f"{self.name}optimizer step {step}: {_reason(stats, samples)}"
         return f"warning: skipped {self.last}; the weights stay as they are."
 
     def check(self, saved: str) -> None:
@@ -45,7 +47,7 @@ class Skips:
             )
 
 
-def _reason(stats: UpdateStats, samples: Sequence[Sample]) -> str:
+def _reason(stats: UpdateStats | ValueStats, samples: Sequence[Sample]) -> str:
     trained = [sample for sample in samples if sample.has_gradient]
     culprits = [sample.sample_id for sample in trained if sample.sample_id in stats.non_finite]
     if culprits:

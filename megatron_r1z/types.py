@@ -136,7 +136,9 @@ class Sample:
     is_counted: bool = True
     """Whether N and D have it; a sample that they have not must have no gradient."""
     has_further_terms: bool = False
-    """Whether its loss has terms that do not depend on the advantage: a KL term, an entropy bonus."""
+    """Whether there is a loss that does not depend on the advantage: a KL term, an entropy bonus, that of a critic."""
+    values: tuple[float, ...] = ()
+    """The critic's before each response token; empty without a critic."""
 
     def __post_init__(self) -> None:
         if isinstance(self.advantage, tuple) and len(self.advantage) != self.response_length:
@@ -153,6 +155,11 @@ class Sample:
     def advantages(self) -> tuple[float, ...]:
         """One per response token."""
         return self.advantage if isinstance(self.advantage, tuple) else (self.advantage,) * self.response_length
+
+    @property
+    def returns(self) -> tuple[float, ...]:
+        """Which the critic learns, one per response token: advantage plus value."""
+        return tuple(advantage + value for advantage, value in zip(self.advantages, self.values, strict=True))
 
     @property
     def has_gradient(self) -> bool:
@@ -195,6 +202,26 @@ class UpdateStats:
     mismatch_max: float
     num_tokens: int
     """Response tokens that went through the forward pass."""
+    skipped: bool
+    """True when a loss or gradient that is not finite left the weights as they were."""
+    non_finite: tuple[str, ...] = ()
+    """Ids of the samples whose loss was not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueStats:
+    """What one optimizer step of the critic did; every figure is reduced over all ranks, so equal on all of them."""
+
+    loss: float
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    learning_rate: float
+    clip_fraction: float
+    """Share of response tokens whose loss is the clipped one."""
+    value_mean: float
+    return_mean: float
+    explained_variance: float
+    """1 less the variance of return minus value over that of the return, over response tokens; 0 where all returns are equal."""
     skipped: bool
     """True when a loss or gradient that is not finite left the weights as they were."""
     non_finite: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -42,7 +42,21 @@ RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 """In megatron-core's words. Its default for `selective` is attention, whose packed kernels keep no scores: there is little to gain."""
 
 
-class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
+class ResponseModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
+    """One pipeline chunk of a model that says something of response tokens."""
+
+    def run_layers(self, batch: MicroBatch) -> Tensor:
+        """Hidden states [T, 1, H] behind the layers of this chunk."""
+        packed = packed_parameters(batch, self.config.context_parallel_size)
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=batch.token_ids_T[None], position_ids=batch.position_ids_T[None])
+        rotary = self.rotary_pos_emb(batch.max_seqlen, packed_seq=True)
+        states: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
+        return states
+
+
+class PolicyModel(ResponseModel):
     """One pipeline chunk of the policy."""
 
     def forward(self, batch: MicroBatch, unpadded_vocab_size: int, has_entropy: bool = False) -> Tensor:
@@ -50,12 +64,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
 
         The entropies carry a gradient with `has_entropy`; without it they cost the backward pass nothing.
         """
-        packed = packed_parameters(batch, self.config.context_parallel_size)
-        hidden = None
-        if self.pre_process:
-            hidden = self.embedding(input_ids=batch.token_ids_T[None], position_ids=batch.position_ids_T[None])
-        rotary = self.rotary_pos_emb(batch.max_seqlen, packed_seq=True)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
+        hidden = self.run_layers(batch)
         return self._response_logprobs(hidden, batch, unpadded_vocab_size, has_entropy) if self.post_process else hidden
 
     def _response_logprobs(self, hidden: Tensor, batch: MicroBatch, vocab_size: int, has_entropy: bool) -> Tensor:
@@ -79,6 +88,30 @@ class PolicyModel(GPTModel):  # type: ignore[misc]  # megatron-core has no types
             return gathered
         copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         return copied
+
+
+class ValueModel(ResponseModel):
+    """One pipeline chunk of the critic."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments | {"share_embeddings_and_output_weights": False})
+        if self.post_process:
+            self.output_layer = torch.nn.Linear(self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Hidden states [T, 1, H] for the next stage; on the last stage float32 [R]: the value before each response token."""
+        hidden = self.run_layers(batch)
+        return self._values(hidden, batch) if self.post_process else hidden
+
+    def _values(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """Every tensor-parallel rank computes all values, so its gradient is whole: no sum over ranks as for the policy's head."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        rows_RH = hidden.squeeze(1)[batch.rows_R]
+        return F.linear(rows_RH.float(), self.output_layer.weight.float()).squeeze(1)
+
+
+Chunk = TypeVar("Chunk", PolicyModel, ValueModel)
 
 
 def packed_parameters(batch: MicroBatch, context_parallel_size: int) -> PackedSeqParams:
@@ -105,12 +138,14 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
 
 
-def build_chunks(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, padded_vocab_size: int) -> list[PolicyModel]:
+def build_chunks(
+    kind: type[Chunk], shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, padded_vocab_size: int
+) -> list[Chunk]:
     """The model chunks of this rank, one per virtual pipeline stage, with unset weights."""
     config = transformer_config(shape, parallel, precision)
     fp8 = precision.fp8 if precision.policy == "fp8" else None
     stages = [None] if parallel.virtual_pipeline_size == 1 else list(range(parallel.virtual_pipeline_size))
-    return [_build_chunk(shape, config, fp8, padded_vocab_size, stage) for stage in stages]
+    return [_build_chunk(kind, shape, config, fp8, padded_vocab_size, stage) for stage in stages]
 
 
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
@@ -173,11 +208,11 @@ def _pipeline_layout(chunk_layers: Sequence[int]) -> list[list[str]] | None:
 
 
 def _build_chunk(
-    shape: ModelShape, config: TransformerConfig, fp8: Fp8Config | None, padded_vocab_size: int, vp_stage: int | None
-) -> PolicyModel:
+    kind: type[Chunk], shape: ModelShape, config: TransformerConfig, fp8: Fp8Config | None, padded_vocab_size: int, vp_stage: int | None
+) -> Chunk:
     virtual = {"ignore_virtual": False, "vp_stage": vp_stage}
     scaling = shape.rope_scaling
-    chunk = PolicyModel(
+    chunk = kind(
         config=config,
         transformer_layer_spec=_block_spec(shape, config, fp8, vp_stage),
         vocab_size=padded_vocab_size,

@@ -13,13 +13,13 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_r1z.config import OptimizerConfig
-from megatron_r1z.policy.model import PolicyModel
+from megatron_r1z.policy.model import ResponseModel
 
 ENDLESS_STEPS = 1 << 40
 """Decay steps of the constant schedule, which never gets there."""
 
 
-def wrap_chunks(chunks: Sequence[PolicyModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: Sequence[ResponseModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
     """Give every chunk float32 gradient buffers that are summed, never averaged, over data-parallel ranks.
 
     The weights must be in place: the distributed optimizer moves them into its own buffers.

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
 
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch import Tensor
 
-from megatron_r1z.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from megatron_r1z.errors import DataError
+from megatron_r1z.config import OptimizerConfig
 from megatron_r1z.fp8.recipes import tokens_multiple
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
@@ -21,28 +16,10 @@ from megatron_r1z.objective import Loss
 from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules, SampleCost
 from megatron_r1z.policy import step
 from megatron_r1z.policy.cpu import megatron_device, release_free_memory, share_weights
-from megatron_r1z.policy.fp8_state import check_same_number
-from megatron_r1z.policy.model import EXTRA_STATE, build_chunks
-from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_chunks
-from megatron_r1z.policy.parallel import device
+from megatron_r1z.policy.model import PolicyModel, build_chunks
 from megatron_r1z.policy.reference import ReferenceWeights
+from megatron_r1z.policy.trained import Settings, Taken, TrainedModel
 from megatron_r1z.types import UpdateStats
-
-
-class Settings(Protocol):
-    """The sections of a configuration that decide how a policy is built."""
-
-    @property
-    def model(self) -> ModelConfig:
-        """Where the weights come from."""
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        """How the model is split."""
-
-    @property
-    def precision(self) -> PrecisionConfig:
-        """Number formats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,27 +41,19 @@ class TrainBatch:
         return [step.Work(*part) for part in parts]
 
 
-class MegatronPolicy:
+class MegatronPolicy(TrainedModel):
     """The policy on this rank.
 
     Build it, write weights into `parameters()`, then call `start_training()`: from there on it owns an optimizer.
     """
 
     def __init__(self, settings: Settings, shape: ModelShape, topology: Topology, *, padded_vocab_size: int) -> None:
-        self.shape = shape
-        self.topology = topology
-        self._settings = settings
-        self._reference: ReferenceWeights | None = None
         with megatron_device():
-            self._bare = build_chunks(shape, settings.parallel, settings.precision, padded_vocab_size)
-        self._shared = share_weights(self._bare)
+            chunks = build_chunks(PolicyModel, shape, settings.parallel, settings.precision, padded_vocab_size)
+        super().__init__(settings, shape, topology, chunks)
+        self._reference: ReferenceWeights | None = None
+        self._shared = share_weights(chunks)
         release_free_memory()  # on a CPU Megatron makes initial weights whole and in float32 first
-
-    def parameters(self) -> dict[str, Tensor]:
-        """This rank's weights by the names of the Megatron layout, without gradient history; writing into them changes the model."""
-        return {
-            f"chunks.{index}.{name}": tensor.data for index, chunk in enumerate(self._bare) for name, tensor in chunk.named_parameters()
-        }
 
     def keep_reference(self) -> None:
         """Make the weights that are now in place those of the reference model, whatever becomes of them."""
@@ -94,14 +63,7 @@ class MegatronPolicy:
     def start_training(self, loss: Loss, config: OptimizerConfig) -> None:
         """Add gradient buffers, optimizer and schedule around the weights that are now in place."""
         self._loss = loss
-        self._optimizer_config = config
-        chunks = wrap_chunks(self._bare, config)
-        self.model = step.Model(chunks, self.shape.vocab_size, loss.has_entropy)
-        self.optimizer = build_optimizer(chunks, config)
-        self.schedule = build_schedule(self.optimizer, config)
-        for chunk in chunks:
-            chunk.config.finalize_model_grads_func = finalize_model_grads
-            chunk.config.grad_scale_func = self.optimizer.scale_loss
+        self.model = step.Model(self.start_optimizer(config), (self.shape.vocab_size, loss.has_entropy))
 
     def packing_rules(self) -> PackingRules:
         """What a micro-batch of this policy may look like."""
@@ -120,7 +82,7 @@ class MegatronPolicy:
     @megatron_device()
     def response_logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor | None]:
         """Log-probs of the response tokens under the present weights, float32 [R] each; None on all but the last pipeline stage."""
-        self._check_passes(len(batches))
+        self.check_passes(len(batches))
         return step.response_logprobs(self.model, batches)
 
     def as_reference(self) -> AbstractContextManager[None]:
@@ -143,66 +105,19 @@ class MegatronPolicy:
     @megatron_device()
     def update(self, train_batch: TrainBatch) -> UpdateStats:
         """One optimizer step; weights, moments and schedule stay as they are where loss or gradient is not finite."""
-        self._check_passes(len(train_batch.batch.micro_batches))
-        for chunk in self.model.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.start_step(len(train_batch.batch.micro_batches))
         figures = step.forward_backward(self.model, train_batch.work(), self._loss)
-        learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        grad_norm = gradient_norm(self.optimizer)
-        is_finite = math.isfinite(figures.sums.loss) and math.isfinite(grad_norm)
-        if is_finite:
-            self.optimizer.step()
-            self.schedule.step(increment=1)
-        release_free_memory()
-        return _stats(figures, train_batch.batch.denominator, grad_norm, float(learning_rate or 0.0), skipped=not is_finite)
-
-    def _check_passes(self, num_micro_batches: int) -> None:
-        if self._settings.precision.policy == "fp8":
-            check_same_number(num_micro_batches, device())
-
-    @megatron_device()
-    def sharded_weights(self) -> dict[str, Any]:
-        """The weights for Megatron's distributed checkpoint, one entry per model chunk."""
-        return {f"model{index}": chunk.sharded_state_dict(prefix="") for index, chunk in enumerate(self._bare)}
-
-    @megatron_device()
-    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Weights, optimizer and schedule for Megatron's distributed checkpoint."""
-        state = self.sharded_weights()
-        weights = state if len(self._bare) > 1 else {"model": state["model0"]}
-        state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=is_loading)
-        state["schedule"] = self.schedule.state_dict()
-        return state
-
-    @megatron_device()
-    def load_weights(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sharded_weights` saved."""
-        for index, chunk in enumerate(self._bare):
-            found = chunk.load_state_dict(state[f"model{index}"], strict=False)
-            wrong = [name for name in (*found.missing_keys, *found.unexpected_keys) if not name.endswith(EXTRA_STATE)]
-            if wrong:
-                raise DataError(f"the checkpoint and this model differ in {len(wrong)} tensors, the first is {wrong[0]}.")
-
-    @megatron_device()
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `sharded_state` saved; learning rate, betas, decay and schedule stay those of the configuration."""
-        self.load_weights(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        config = self._optimizer_config
-        for group in self.optimizer.param_groups:
-            group |= {"max_lr": config.lr, "min_lr": config.min_lr, "betas": config.betas, "eps": config.eps}
-        self.schedule.load_state_dict(state["schedule"])
+        return _stats(figures, train_batch.batch.denominator, self.take_step(figures.sums.loss))
 
 
-def _stats(figures: step.StepFigures, denominator: int, grad_norm: float, learning_rate: float, *, skipped: bool) -> UpdateStats:
+def _stats(figures: step.StepFigures, denominator: int, taken: Taken) -> UpdateStats:
     """Sums to means over response tokens."""
     sums = figures.sums
     tokens = max(sums.tokens, 1.0)
     return UpdateStats(
         loss=sums.loss / denominator,
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
+        grad_norm=taken.grad_norm,
+        learning_rate=taken.learning_rate,
         clip_fraction=sums.clipped / tokens,
         clipped_high=sums.clipped_high / tokens,
         clipped_low=sums.clipped_low / tokens,
@@ -218,6 +133,6 @@ def _stats(figures: step.StepFigures, denominator: int, grad_norm: float, learni
         mismatch_p999=figures.mismatch_p999,
         mismatch_max=figures.mismatch_max,
         num_tokens=int(sums.tokens),
-        skipped=skipped,
+        skipped=taken.skipped,
         non_finite=figures.non_finite,
     )

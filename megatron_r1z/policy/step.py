@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,16 +24,16 @@ from megatron_r1z.packing import MicroBatch
 from megatron_r1z.policy.fp8_state import scales_kept
 from megatron_r1z.policy.parallel import device
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Model:
     """What a forward pass needs."""
 
     chunks: list[DistributedDataParallel]
-    vocab_size: int
-    """Without padding."""
-    has_entropy: bool = False
-    """Whether the loss needs the gradient of the entropy."""
+    arguments: tuple[object, ...] = ()
+    """Of the chunks' forward, besides the micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,17 @@ class Work:
 
 def response_logprobs(model: Model, batches: Sequence[MicroBatch]) -> list[Tensor | None]:
     """Log-probs of the response tokens of each micro-batch, float32 [R], on the CPU. None on all but the last pipeline stage."""
+    return collect(model, batches, lambda output_2R: output_2R[0])
 
-    def collect(output_2R: Tensor, non_loss_data: bool = True) -> Tensor:
-        return output_2R[0].detach().cpu()
+
+def collect(model: Model, batches: Sequence[MicroBatch], pick: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    """A forward pass without gradient; returns what `pick` takes of each output, on the CPU. None on all but the last pipeline stage."""
+
+    def bind(_work: Work) -> Callable[..., Tensor]:
+        return lambda output, non_loss_data=True: pick(output).detach().cpu()
 
     with torch.no_grad(), scales_kept(model.chunks):
-        outputs = _run_schedule(model, [Work(batch) for batch in batches], lambda _work: collect, forward_only=True)
+        outputs = run_schedule(model, [Work(batch) for batch in batches], bind, forward_only=True)
     return list(outputs) if outputs else [None] * len(batches)
 
 
@@ -64,7 +69,7 @@ def forward_backward(model: Model, work: Sequence[Work], loss: Loss) -> StepFigu
     def bind(item: Work) -> Callable[[Tensor], tuple[Tensor, Tensor, Tallies]]:
         return functools.partial(_micro_batch_loss, loss, item)
 
-    return _reduce(_run_schedule(model, work, bind, forward_only=False))
+    return _reduce(run_schedule(model, work, bind, forward_only=False))
 
 
 @dataclass(frozen=True)
@@ -147,17 +152,10 @@ def _tally(batch: MicroBatch, terms: TokenLosses, entropy_R: Tensor, logprobs_R:
 
 
 def _reduce(parts: Sequence[Tallies]) -> StepFigures:
-    """Over micro-batches and ranks. Only first tensor-parallel ranks of the last stage count: the others hold nothing or the same.
-
-    Context-parallel ranks hold different tokens, as data-parallel ranks do.
-    """
-    counted = parts if parallel_state.get_tensor_model_parallel_rank() == 0 else []
+    """Over micro-batches and ranks."""
+    counted = _counted(parts)
+    sums = Sums(*sum_over_ranks([part.sums for part in parts], len(fields(Sums))))
     where = device()
-    totals = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=where)
-    for part in counted:
-        totals += part.sums
-    dist.all_reduce(totals)
-    sums = Sums(*totals.tolist())
     nothing = torch.zeros(0, device=where)
     ratio = torch.cat([nothing, *(part.ratio_R for part in counted)])
     mismatch = torch.cat([nothing, *(part.mismatch_R for part in counted)])
@@ -167,8 +165,26 @@ def _reduce(parts: Sequence[Tallies]) -> StepFigures:
         ratio_max=largest_values(ratio, 1)[0].item(),
         mismatch_max=tail[0].item(),
         mismatch_p999=tail[-1].item(),
-        non_finite=() if math.isfinite(sums.loss) else _non_finite_samples(counted),
+        non_finite=() if math.isfinite(sums.loss) else non_finite_over_ranks([(part.batch, part.losses_R) for part in parts]),
     )
+
+
+def sum_over_ranks(parts: Sequence[Tensor], count: int) -> list[float]:
+    """The sums [count] of all micro-batches on all ranks, added up."""
+    totals = torch.zeros(count, dtype=torch.float64, device=device())
+    for part in _counted(parts):
+        totals += part
+    dist.all_reduce(totals)
+    found: list[float] = totals.tolist()
+    return found
+
+
+def _counted(parts: Sequence[Item]) -> Sequence[Item]:
+    """What a rank adds to figures. Only first tensor-parallel ranks of the last stage count: the others hold nothing or the same.
+
+    Context-parallel ranks hold different tokens, as data-parallel ranks do.
+    """
+    return parts if parallel_state.get_tensor_model_parallel_rank() == 0 else []
 
 
 def tail_size(num_tokens: int) -> int:
@@ -192,9 +208,9 @@ def largest_values(values: Tensor, count: int) -> Tensor:
     return torch.cat(everyone).topk(count).values
 
 
-def _non_finite_samples(parts: Sequence[Tallies]) -> tuple[str, ...]:
-    """Over all ranks, each once; only called where every rank knows that the loss is not finite."""
-    mine = [sample_id for part in parts for sample_id in non_finite_samples(part.batch, part.losses_R)]
+def non_finite_over_ranks(parts: Sequence[tuple[MicroBatch, Tensor]]) -> tuple[str, ...]:
+    """Ids of the samples of which a token's loss [R] is not finite, each once; all ranks know that there is one, and call this."""
+    mine = [sample_id for batch, losses_R in _counted(parts) for sample_id in non_finite_samples(batch, losses_R)]
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
     return tuple(dict.fromkeys(sample_id for found in everyone for sample_id in found))
@@ -205,12 +221,12 @@ def non_finite_samples(batch: MicroBatch, losses_R: Tensor) -> list[str]:
     return [batch.sample_ids[number] for number in sorted(set(batch.sequences_R[~losses_R.isfinite()].tolist()))]
 
 
-def _run_schedule(model: Model, work: Sequence[Work], bind: Callable[[Work], Any], *, forward_only: bool) -> list[Any]:
+def run_schedule(model: Model, work: Sequence[Work], bind: Callable[[Work], Any], *, forward_only: bool) -> list[Any]:
     """Run the schedule; returns what the loss functions gave for each micro-batch, nothing on all but the last stage."""
 
     def forward_step(items: Iterator[Work], chunk: DistributedDataParallel) -> tuple[Tensor, Any]:
         item = next(items)
-        return chunk(item.batch, model.vocab_size, model.has_entropy), bind(item)
+        return chunk(item.batch, *model.arguments), bind(item)
 
     on_device = [_to_device(item) for item in work]
     iterators = [iter(on_device) for _ in model.chunks]

@@ -281,13 +281,18 @@ def test_all_switches_beside_the_objective_at_once(training: list[str], cli: Any
     assert max(row["update/dual_clipped_share"] for row in rows) > 0
 
 
-@pytest.fixture(scope="module")
-def regularised(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """KL and entropy in the loss, two steps an iteration: a run to the end, and one that went on from the first's second checkpoint."""
-    unbroken, resumed = (tmp_path_factory.mktemp(name) for name in ("regularised", "regularised-resumed"))
-    switches = ("kl_coef=0.5", "entropy_coef=0.01", "train_batch_size=16", "iterations=4")
-    arguments = [*training, *TP2, "optimizer.lr=1e-4", "evaluation.sets=[]", "checkpoint.every=2"]
-    arguments += [f"algorithm.{switch}" for switch in switches]
+SWITCHED = {
+    "regularised": (*TP2, "optimizer.lr=1e-4", "algorithm.kl_coef=0.5", "algorithm.entropy_coef=0.01", "algorithm.train_batch_size=16"),
+    "ppo": (*PP2, *TWO_ENGINES, "optimizer.critic_lr=1e-3", "algorithm.name=ppo", "algorithm.train_batch_size=16"),
+}
+
+
+@pytest.fixture(scope="module", params=SWITCHED)
+def gone_on(request: pytest.FixtureRequest, training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two steps an iteration: the name of a run, its folder, and that of one that went on from the first's second checkpoint."""
+    name = request.param
+    unbroken, resumed = (tmp_path_factory.mktemp(f"{name}-{part}") for part in ("unbroken", "resumed"))
+    arguments = [*training, *SWITCHED[name], "algorithm.iterations=4", "evaluation.sets=[]", "checkpoint.every=2"]
     outcome = cli.run("train", *arguments, f"logging.folder={unbroken}")
     assert (outcome.status, outcome.stderr) == (0, "")
     shutil.copytree(unbroken, resumed, dirs_exist_ok=True)
@@ -296,23 +301,48 @@ def regularised(training: list[str], cli: Any, tmp_path_factory: pytest.TempPath
     assert (outcome.status, outcome.stderr) == (0, "")
     assert left_nothing(outcome)
     assert "step_000002: 2 of 4 iterations done" in outcome.stdout
-    return unbroken, resumed
+    return name, unbroken, resumed
 
 
-def test_kl_and_entropy_in_the_loss_act_on_every_sample(regularised: tuple[Path, Path]) -> None:
-    folder, _ = regularised
+def test_every_sample_is_trained_on_under_kl_and_entropy_in_the_loss_and_under_ppo(gone_on: tuple[str, Path, Path]) -> None:
+    name, folder, _ = gone_on
+    for number, row in enumerate(iterations_of(folder)):
+        samples = rollouts_of(folder, number)
+        assert any(sample["reward"] == 0 for sample in samples)
+        assert row["update/trained_tokens"] == sum(len(sample["response_token_ids"]) for sample in samples)
+    if name == "ppo":
+        check_critic(folder)
+    else:
+        check_divergences(folder)
+
+
+def check_divergences(folder: Path) -> None:
     divergences = [row["update/reference_kl_nats"] for row in rows_of(folder, "step")]
     assert divergences[0] == 0  # the weights are the reference's
     assert all(0 < value < 1 for value in divergences[1:])
-    for number, row in enumerate(iterations_of(folder)):
-        samples = rollouts_of(folder, number)
-        assert any(sample["advantage"] == 0 for sample in samples)
-        assert row["update/trained_tokens"] == sum(len(sample["response_token_ids"]) for sample in samples)
+    assert any(sample["advantage"] == 0 for sample in rollouts_of(folder, 0))
 
 
-def test_the_reference_of_a_resumed_run_is_that_of_an_unbroken_one(regularised: tuple[Path, Path]) -> None:
-    """Not the checkpoint that it goes on from: figures and weights are the same to the bit."""
-    unbroken, resumed = regularised
+def check_critic(folder: Path) -> None:
+    """Its first values are 0, so an advantage is the reward; then it learns."""
+    first = rollouts_of(folder, 0)
+    assert all(sample["advantage"] == [sample["reward"]] * len(sample["response_token_ids"]) for sample in first)
+    rows = rows_of(folder, "step")
+    tokens = [sum(len(sample["response_token_ids"]) for sample in first if sample["step"] == step) for step in range(2)]
+    rewarded = [
+        sum(len(sample["response_token_ids"]) * sample["reward"] for sample in first if sample["step"] == step) for step in range(2)
+    ]
+    assert [row["critic/return_mean"] for row in rows[:2]] == pytest.approx(
+        [part / all_ for part, all_ in zip(rewarded, tokens, strict=True)]
+    )
+    assert rows[0]["critic/value_mean"] == 0 < rows[-1]["critic/value_mean"]
+    assert all(row["critic/grad_norm"] > 0 and row["critic/skipped_steps"] == 0 for row in rows)
+    assert rows[-1]["critic/loss"] < rows[0]["critic/loss"]
+
+
+def test_a_run_with_a_reference_or_a_critic_goes_on_to_the_bit(gone_on: tuple[str, Path, Path]) -> None:
+    """The reference is not the checkpoint that it goes on from, and the critic is."""
+    _, unbroken, resumed = gone_on
     assert figures_of(resumed) == figures_of(unbroken)
     assert all(torch.equal(weights_of(resumed)[name], tensor) for name, tensor in weights_of(unbroken).items())
 

@@ -239,9 +239,9 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
         (["data.train={}"], "data.train must be a list, not {}."),
         (["optimizer.betas=[0.9]"], "optimizer.betas needs 2 entries, not 1."),
         (
-            ["algorithm.name=ppo"],
-            "algorithm.name is 'ppo'; it must be one of drgrpo, grpo, grpo_remove_std_bias, grpo_remove_len_bias, rloo, token_mean, "
-            "reinforce.",
+            ["algorithm.name=dapo"],
+            "algorithm.name is 'dapo'; it must be one of drgrpo, grpo, grpo_remove_std_bias, grpo_remove_len_bias, rloo, token_mean, "
+            "reinforce, ppo.",
         ),
         (["precision.policy=fp16"], "precision.policy is 'fp16'; it must be one of fp32, bf16, fp8."),
         (["precision.fp8.recipe=block"], "precision.fp8.recipe is 'block'; it must be one of blockwise, mxfp8, tensorwise, delayed."),
@@ -360,6 +360,14 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
         ),
         (["algorithm.sampling_rounds=0"], "algorithm.sampling_rounds is 0; it must be above 0."),
         (["algorithm.tis_cap=0"], "algorithm.tis_cap is 0.0; it must be above 0."),
+        (["algorithm.gae_lambda=1.5"], "algorithm.gae_lambda is 1.5; it must be between 0 and 1."),
+        (["algorithm.value_clip=0"], "algorithm.value_clip is 0.0; it must be above 0."),
+        (["optimizer.critic_lr=0"], "optimizer.critic_lr is 0.0; it must be above 0."),
+        (
+            ["algorithm.name=ppo", "algorithm.filter_groups=true"],
+            "algorithm: under ppo every response has advantages and the critic learns from each, so mask_truncated, filter_groups and "
+            "sampling_rounds have no meaning; leave them out.",
+        ),
         (["algorithm.kl_coef=-0.1"], "algorithm.kl_coef is -0.1; it must be at least 0."),
         (["algorithm.entropy_coef=-1"], "algorithm.entropy_coef is -1.0; it must be at least 0."),
         (["algorithm.kl_estimator=k4"], "algorithm.kl_estimator is 'k4'; it must be one of k1, k2, k3."),

@@ -23,6 +23,7 @@ from megatron_r1z.types import (
     RefitReceipt,
     Response,
     UpdateStats,
+    ValueStats,
     Verdict,
     VerdictKind,
 )
@@ -54,6 +55,7 @@ def produced_by_the_stages() -> set[str]:
         *metrics.rollout_metrics([GradedGroup(Group(0, prompt, responses), verdicts)]),
         *metrics.penalty_metrics({"0/0": [0.1]}),
         *metrics.update_metrics(stats),
+        *metrics.critic_metrics(ValueStats(*[0.1] * 7, skipped=False)),
         *metrics.refit_metrics(RefitReceipt(1, 100, 0.1, (0.1,), ())),
     }
 

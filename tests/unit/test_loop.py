@@ -20,9 +20,9 @@ pytest.importorskip("megatron.core")
 
 from megatron_r1z.config import AlgorithmConfig, TrainConfig, make_config
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.loop import Run, choose_groups, kl_penalties, make_batches, make_samples, sample_groups
+from megatron_r1z.loop import Estimates, Run, choose_groups, make_batches, make_estimates, make_samples, sample_groups
 from megatron_r1z.metrics import SilentLog
-from megatron_r1z.objective import OBJECTIVES
+from megatron_r1z.objective import OBJECTIVES, centred, estimated
 from megatron_r1z.packing import MicroBatch, PackingRules
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Sample, Verdict, VerdictKind
@@ -52,7 +52,7 @@ def make_run(algorithm: str = "drgrpo", prompts: int = 4, samples: int = 3, batc
             "logging": {"folder": "runs/x"},
         },
     )
-    parts: Any = dict.fromkeys(("engine", "grader", "refit", "prompts", "checkpoints"))
+    parts: Any = dict.fromkeys(("critic", "engine", "grader", "refit", "prompts", "checkpoints"))
     return Run(
         config=config,
         policy=SimpleNamespace(packing_rules=lambda: PackingRules(1, 64), topology=Topology(1)),  # type: ignore[arg-type]
@@ -179,18 +179,58 @@ class Policies:
 def test_the_kl_penalty_is_taken_off_the_reward_of_each_response_before_its_advantage() -> None:
     run, groups = make_run(batch=12), some_groups(4, 3)
     run.policy = Policies()  # type: ignore[assignment]
-    assert kl_penalties(groups, run) == {}
+    assert make_estimates(groups, run) == Estimates()
     algorithm = replace(run.config.algorithm, kl_coef=0.5, kl_in="reward", kl_estimator="k1")
     run.config = replace(run.config, algorithm=algorithm)
-    penalties = kl_penalties(groups, run)
-    samples = make_samples(groups, run.objective, 0.7, algorithm, penalties)
+    estimates = make_estimates(groups, run)
+    assert estimates.divergences is not None
+    assert estimates.values is None
+    samples = make_samples(groups, run.objective, 0.7, algorithm, estimates)
     for item, start in zip(groups, range(0, 12, 3), strict=True):
         divergences = [[token / 1000 for token in response.token_ids] for response in item.group.responses]  # policy minus reference
         for index, expected in enumerate(divergences):
-            assert penalties[f"{item.group.group_id}/{index}"] == pytest.approx(expected)
+            assert estimates.divergences[f"{item.group.group_id}/{index}"] == pytest.approx(expected)
         rewards = [verdict.reward - 0.5 * sum(of_tokens) for verdict, of_tokens in zip(item.verdicts, divergences, strict=True)]
-        assert [sample.advantage for sample in samples[start : start + 3]] == pytest.approx(run.objective.advantages(rewards), abs=1e-6)
+        assert [sample.advantage for sample in samples[start : start + 3]] == pytest.approx(centred(rewards), abs=1e-6)
     assert not any(sample.has_further_terms for sample in samples)
+
+
+def test_under_ppo_advantages_are_estimated_by_token_from_the_critic_and_from_divergences() -> None:
+    run, groups = make_run("ppo", batch=12), some_groups(4, 3)
+    run.policy = Policies()  # type: ignore[assignment]
+    run.critic = SimpleNamespace(values=lambda batches: [item.targets_R.float() / 500 for item in batches])  # type: ignore[assignment]
+    algorithm = replace(run.config.algorithm, kl_coef=0.5, kl_in="reward", kl_estimator="k1", gae_lambda=0.5)
+    run.config = replace(run.config, algorithm=algorithm)
+    samples = iter(make_samples(groups, run.objective, 0.7, algorithm, make_estimates(groups, run)))
+    for item in groups:
+        for response, verdict in zip(item.group.responses, item.verdicts, strict=True):
+            sample, tokens = next(samples), response.token_ids
+            rewards = [-0.5 * token / 1000 for token in tokens]
+            rewards[-1] += verdict.reward
+            assert sample.values == pytest.approx([token / 500 for token in tokens])
+            assert sample.advantages == pytest.approx(estimated(rewards, sample.values, 0.5), abs=1e-6)
+            assert sample.returns == pytest.approx([sum(pair) for pair in zip(sample.advantages, sample.values, strict=True)])
+            assert sample.has_gradient
+    assert next(samples, None) is None
+
+
+def test_a_batch_has_the_values_and_returns_of_its_tokens() -> None:
+    run, groups = make_run("ppo", batch=12), some_groups(4, 3)
+    values = {f"{group}/{index}": [0.1 * place + index for place in range(index + 1)] for group in range(4) for index in range(3)}
+    samples = make_samples(groups, run.objective, 0.7, run.config.algorithm, Estimates(values=values))
+    by_token = {
+        token: (value, aim)
+        for sample in samples
+        for token, value, aim in zip(sample.token_ids[sample.prompt_length :], sample.values, sample.returns, strict=True)
+    }
+    (batch,), _ = make_batches(samples, run, 0)
+    found = {
+        token: pair
+        for item in batch.micro_batches
+        for token, *pair in zip(item.targets_R.tolist(), item.values_R.tolist(), item.returns_R.tolist(), strict=True)
+    }
+    assert set(found) == set(by_token)
+    assert all(found[token] == pytest.approx(pair) for token, pair in by_token.items())
 
 
 class Scripted:

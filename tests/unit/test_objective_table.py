@@ -21,13 +21,17 @@ from torch import Tensor
 
 from megatron_r1z.config import Algorithm, AlgorithmConfig
 from megatron_r1z.objective import (
+    AGGREGATIONS,
     OBJECTIVES,
     PolicyTokens,
     clipped_losses,
+    clipped_value_losses,
+    estimated,
     importance_sampled,
     kl_estimate,
     make_loss,
     reinforce_losses,
+    token_rewards,
 )
 from megatron_r1z.packing import PackingRules, pack
 from megatron_r1z.types import Sample
@@ -268,7 +272,8 @@ def test_loss_and_gradient_are_those_of_the_equation_however_the_step_is_packed(
 
 
 def test_the_table_has_every_row_of_the_package_and_all_can_be_chosen() -> None:
-    assert set(TABLE) == set(OBJECTIVES) == set(get_args(Algorithm))
+    assert set(TABLE) == set(OBJECTIVES)
+    assert {*TABLE, "ppo"} == set(AGGREGATIONS) == set(get_args(Algorithm))
 
 
 def test_random_steps_lie_on_every_side_of_every_bound() -> None:
@@ -399,3 +404,43 @@ def test_without_the_switches_a_loss_needs_neither_reference_nor_entropy() -> No
     plain, both = (make_loss(AlgorithmConfig(iterations=1, **SWITCHES[name])) for name in ("plain", "kl_entropy_tis"))
     assert (plain.has_kl, plain.has_entropy, both.has_kl, both.has_entropy) == (False, False, True, True)
     assert not make_loss(AlgorithmConfig(iterations=1, kl_coef=0.1, kl_in="reward")).has_kl
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the critic
+
+NUMBERS = st.floats(-3, 3)
+
+
+@given(data=st.data(), length=st.integers(1, 12), decay=st.sampled_from([0.0, 0.5, 0.95, 1.0]))
+def test_estimated_advantages_are_the_sums_of_discounted_temporal_differences(data: st.DataObject, length: int, decay: float) -> None:
+    """Eq. 16 of arXiv 1506.02438, written out; behind the last token there is nothing."""
+    rewards, values = (data.draw(st.lists(NUMBERS, min_size=length, max_size=length)) for _ in range(2))
+    behind = [*values[1:], 0.0]
+    differences = [reward + after - value for reward, value, after in zip(rewards, values, behind, strict=True)]
+    expected = [math.fsum(decay ** (later - place) * differences[later] for later in range(place, length)) for place in range(length)]
+    assert estimated(rewards, values, decay) == pytest.approx(expected, abs=1e-12)
+    if decay == 1:
+        assert estimated(rewards, values, decay) == pytest.approx(
+            [math.fsum(rewards[place:]) - values[place] for place in range(length)], abs=1e-12
+        )
+
+
+def test_a_reward_comes_with_the_last_token_and_each_token_pays_for_its_divergence() -> None:
+    assert token_rewards(1.0, 3, 0.5, None) == [0.0, 0.0, 1.0]
+    assert token_rewards(1.0, 3, 0.5, [0.2, -0.4, 0.6]) == pytest.approx([-0.1, 0.2, 0.7])
+    assert token_rewards(1.0, 1, 0.5, [0.2]) == pytest.approx([0.9])
+
+
+@given(value=NUMBERS, old=NUMBERS, aim=NUMBERS, weight=st.floats(0.1, 2))
+def test_the_value_loss_is_the_larger_of_two_squares(value: float, old: float, aim: float, weight: float) -> None:
+    """And has no gradient where that is the one of a value that was clipped."""
+    bounded = min(max(value, old - 0.2), old + 0.2)
+    plain, clipped = (value - aim) ** 2, (bounded - aim) ** 2
+    values = torch.tensor([value], dtype=torch.float64).requires_grad_()
+    others = (torch.tensor([number], dtype=torch.float64) for number in (old, aim, weight))
+    losses, is_clipped = clipped_value_losses(values, *others, 0.2)
+    assert losses.item() == pytest.approx(weight * max(plain, clipped) / 2, abs=1e-12)
+    if abs(plain - clipped) > 1e-6:
+        assert is_clipped.item() == (clipped > plain)
+        expected = 0.0 if clipped > plain else weight * (value - aim)
+        assert torch.autograd.grad(losses.sum(), values)[0].item() == pytest.approx(expected, abs=1e-12)

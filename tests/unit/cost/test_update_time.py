@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megatron_r1z.cost.assumptions import DEFAULT
+from megatron_r1z.cost.checks import check_shape
 from megatron_r1z.cost.compute import sample_flops
 from megatron_r1z.cost.run_cost import RunCost
+from megatron_r1z.errors import ConfigError
 from tests.unit.cost.runs import SHAPE, cluster, cost
 
 TP2 = {"tensor_parallel_size": 2}
@@ -93,3 +95,8 @@ def test_a_kl_term_takes_passes_and_a_copy_of_the_weights_in_the_hosts_memory() 
         assert beside.time.logprobs is not None
         assert beside.time.logprobs.total == pytest.approx((passes + 1) * plain.time.logprobs.total)
         assert alone.host_bytes == (8 * plain.policy.weights(0) if passes else 0)
+
+
+def test_a_critic_is_not_planned() -> None:
+    with pytest.raises(ConfigError, match="no account of the critic's memory and time"):
+        check_shape(cost(algorithm={"name": "ppo"}).config, SHAPE)
