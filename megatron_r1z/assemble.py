@@ -20,7 +20,7 @@ from megatron_r1z import __version__
 from megatron_r1z.analysis.sweep import OnDemand, Sweep, cells_of
 from megatron_r1z.checkpoint import Checkpoints, load_weights
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
-from megatron_r1z.corpus import DocumentStream, load_documents
+from megatron_r1z.corpus import DocumentStream, load_texts
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.export import load_hf_weights, save_hf
@@ -287,11 +287,13 @@ def _say_precision(log: Console, config: TrainConfig | PretrainConfig) -> None:
 def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretraining]:
     """The pre-training run of this rank, ready at its latest checkpoint; its files are closed at the end."""
     folder = Path(config.logging.folder)
-    documents, num_dropped = load_documents(config.corpus, load_tokenizer(config.model.path))
+    tokenizer, vocab_size = load_tokenizer(config.model.path), weights.shape.vocab_size
+    texts = load_texts(config.corpus, config.corpus.sources, tokenizer, vocab_size)
+    evaluation = load_texts(config.corpus, config.corpus.evaluation, tokenizer, vocab_size)
     policy = make_policy(config, weights)
     policy.start_training(NEXT_TOKEN_LOSS, config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    stream = DocumentStream(documents, config.corpus.seed)
+    stream = DocumentStream([(item.documents, item.weight) for item in texts], config.corpus.seed)
     state = PretrainState(0, stream.to_state())
     latest = checkpoints.latest()
     if latest is not None:
@@ -299,11 +301,12 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
         stream.restore(state.documents)
     log = make_log(folder, config, {"step": state.step if latest else -1})
     _say_precision(log, config)
-    log.say(f"{config.corpus.path}: {len(documents)} documents, {num_dropped} dropped (over {config.corpus.max_document_tokens} tokens)")
+    for item in (*texts, *evaluation):
+        log.say(item.describe(config.corpus))
     if latest is not None:
         log.say(f"resumed from {latest}: {state.step} of {config.corpus.steps} steps done")
     try:
-        yield Pretraining(config, policy, stream, checkpoints, log, StopFlag().install(), state)
+        yield Pretraining(config, policy, stream, evaluation, checkpoints, log, StopFlag().install(), state)
     finally:
         log.close()
 

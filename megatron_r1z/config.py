@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 
@@ -197,8 +197,8 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionSource:
-    """One question file (JSONL or Parquet) or one dataset of the Hugging Face Hub."""
+class RowSource:
+    """One file, or one dataset of the Hugging Face Hub, and which of its rows to use."""
 
     path: str | None = None
     """File name; `.jsonl` or `.parquet`. Either this or `dataset`."""
@@ -210,12 +210,6 @@ class QuestionSource:
     """Split of `dataset`."""
     weight: float = 1.0
     """Relative share of the draws."""
-    problem_column: str = "problem"
-    """Column of the question."""
-    answer_column: str = "answer"
-    """Column of the answer: text, a number, or a list of which any is right."""
-    answer_after: str | None = None
-    """The answer is what follows the last occurrence of this text, such as `"####"` (quoted, as YAML takes # for a comment)."""
     where: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
     """Use only rows whose columns have one of these values: `{level: [3, 4, 5], subject: Algebra}`."""
     limit: int | None = None
@@ -223,25 +217,32 @@ class QuestionSource:
     offset: int = 0
     """Skip this many rows first (of those that `where` leaves)."""
 
+    section: ClassVar[str]
+    """Of the configuration, for messages."""
+
     def __post_init__(self) -> None:
         self._check_place()
         if not self.weight > 0:
-            raise ConfigError(f"data: weight of {self.label} is {self.weight}; it must be above 0.")
+            raise ConfigError(f"{self.section}: weight of {self.label} is {self.weight}; it must be above 0.")
         if self.offset < 0 or (self.limit is not None and self.limit < 1):
-            raise ConfigError(f"data: {self.label} has offset {self.offset} and limit {self.limit}; use at least 0 and at least 1.")
-        if self.answer_after == "":
-            raise ConfigError(f"data: answer_after of {self.label} is empty; write the text behind which the answer stands, or null.")
+            raise ConfigError(
+                f"{self.section}: {self.label} has offset {self.offset} and limit {self.limit}; use at least 0 and at least 1."
+            )
         for column, values in self.where.items():
             if not values:
-                raise ConfigError(f"data: where of {self.label} allows no value of '{column}'; list at least one.")
+                raise ConfigError(f"{self.section}: where of {self.label} allows no value of '{column}'; list at least one.")
 
     def _check_place(self) -> None:
         if self.path is None and self.dataset is None:
-            raise ConfigError("data: a source has neither path nor dataset; give it a file, or a dataset of the Hugging Face Hub.")
+            raise ConfigError(
+                f"{self.section}: a source has neither path nor dataset; give it a file, or a dataset of the Hugging Face Hub."
+            )
         if self.path is not None and self.dataset is not None:
-            raise ConfigError(f"data: a source has path {self.path} and dataset {self.dataset}; set one of them to null.")
+            raise ConfigError(f"{self.section}: a source has path {self.path} and dataset {self.dataset}; set one of them to null.")
         if self.path is not None and (self.subset is not None or self.split != "train"):
-            raise ConfigError(f"data: {self.path} is a file, and subset and split are parts of a dataset; choose rows of a file by where.")
+            raise ConfigError(
+                f"{self.section}: {self.path} is a file, and subset and split are parts of a dataset; choose rows of a file by where."
+            )
 
     @property
     def label(self) -> str:
@@ -249,6 +250,52 @@ class QuestionSource:
         if self.path is not None:
             return self.path
         return f"{self.dataset} ({self.split})" if self.subset is None else f"{self.dataset} ({self.subset}, {self.split})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionSource(RowSource):
+    """One question file (JSONL or Parquet) or one dataset of the Hugging Face Hub."""
+
+    problem_column: str = "problem"
+    """Column of the question."""
+    answer_column: str = "answer"
+    """Column of the answer: text, a number, or a list of which any is right."""
+    answer_after: str | None = None
+    """The answer is what follows the last occurrence of this text, such as `"####"` (quoted, as YAML takes # for a comment)."""
+
+    section: ClassVar[str] = "data"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer_after == "":
+            raise ConfigError(f"data: answer_after of {self.label} is empty; write the text behind which the answer stands, or null.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource(RowSource):
+    """One file of text (JSONL, Parquet or megatron-core's token ids) or one dataset of the Hugging Face Hub."""
+
+    path: str | None = None
+    """File name; `.jsonl`, `.parquet`, or the `.idx` of an indexed dataset of megatron-core (with its `.bin` beside it), of which
+    `offset` and `limit` choose documents. Either this or `dataset`."""
+    text_column: str = "text"
+    """Column of a plain text; read where a row has neither of the other two."""
+    prompt_column: str = "prompt"
+    """Column of a prompt, with `response_column`."""
+    response_column: str = "response"
+    """Column of the response to it."""
+
+    section: ClassVar[str] = "corpus"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_indexed and self.where:
+            raise ConfigError(f"corpus: {self.path} holds token ids without columns; remove where, or choose by offset and limit.")
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether `path` is the `.idx` of an indexed dataset of megatron-core."""
+        return self.path is not None and self.path.endswith(".idx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -653,10 +700,12 @@ class LoggingConfig:
 class CorpusConfig:
     """Text for `pretrain`."""
 
-    path: str
-    """JSONL with `text`, or with `prompt` and `response`."""
+    sources: tuple[TextSource, ...] = ()
+    """Text to train on, mixed by weight: a draw is a document."""
     max_document_tokens: int = 2048
-    """Longer documents are dropped and counted."""
+    """A longer document is treated as `long_documents` says."""
+    long_documents: Literal["drop", "split"] = "drop"
+    """`drop` and count them, or `split` them into documents of at most `max_document_tokens` that do not see one another."""
     steps: int
     """Optimizer steps."""
     documents_per_step: int = 64
@@ -665,9 +714,26 @@ class CorpusConfig:
     """`response` needs prompt/response rows."""
     seed: int = 0
     """Seed of the order of the documents."""
+    evaluation: tuple[TextSource, ...] = ()
+    """Held-out text; each source is used whole and has a loss of its own."""
+    evaluation_every: int = 100
+    """Steps between evaluations; there is one before the first step and one after the last as well."""
 
     def __post_init__(self) -> None:
-        _positive(self, "max_document_tokens", "steps", "documents_per_step")
+        _positive(self, "steps", "documents_per_step", "evaluation_every")
+        if not self.sources:
+            raise ConfigError("corpus.sources is empty; give at least one file or dataset.")
+        if self.max_document_tokens < 2:
+            raise ConfigError(f"corpus.max_document_tokens is {self.max_document_tokens}; one token predicts nothing, use at least 2.")
+        if self.loss_on == "response":
+            self._check_responses()
+
+    def _check_responses(self) -> None:
+        indexed = [source.label for source in (*self.sources, *self.evaluation) if source.is_indexed]
+        if indexed:
+            raise ConfigError(f"corpus.loss_on response needs prompts and responses, and {indexed[0]} has token ids only; use all.")
+        if self.long_documents == "split":
+            raise ConfigError("corpus.long_documents split would part responses from their prompts; use drop with corpus.loss_on response.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_r1z.config import DataConfig, QuestionSource, Scalar
+from megatron_r1z.config import DataConfig, QuestionSource, RowSource
 from megatron_r1z.errors import DataError, MissingExtraError
 from megatron_r1z.order import SeededStream
-from megatron_r1z.rows import Row, scan_rows
+from megatron_r1z.rows import Row, is_one_of, matches, scan_rows
 from megatron_r1z.types import Prompt
 
 PLACEHOLDER = "{question}"
@@ -195,7 +195,7 @@ def load_questions(source: QuestionSource, name: str | None = None) -> list[Ques
         raise DataError(reading.faults[0])
     if not reading.questions:
         chosen = f" from row {source.offset}" if source.offset else ""
-        raise DataError(f"{source.label} holds no questions{chosen}{_explain_filter(source) if reading.num_filtered else ''}.")
+        raise DataError(f"{source.label} holds no questions{chosen}{explain_filter(source) if reading.num_filtered else ''}.")
     return reading.questions
 
 
@@ -222,7 +222,7 @@ def read_questions(source: QuestionSource, name: str | None = None) -> Reading:
         if source.limit is not None and position == source.offset + source.limit:
             break
         try:
-            if not _matches(row, source.where):
+            if not matches(row, source.where):
                 num_filtered += 1
                 continue
             if position >= source.offset:
@@ -234,20 +234,11 @@ def read_questions(source: QuestionSource, name: str | None = None) -> Reading:
     return Reading(questions, faults, num_filtered)
 
 
-def _matches(row: Row, where: Mapping[str, Sequence[Scalar]]) -> bool:
-    return all(_is_one_of(row.get(column), values) for column, values in where.items())
-
-
-def _is_one_of(value: Any, allowed: Sequence[Scalar]) -> bool:
-    # 3 is 3.0, but true is not 1
-    return any(value == entry and isinstance(value, bool) == isinstance(entry, bool) for entry in allowed)
-
-
-def _explain_filter(source: QuestionSource, at_most: int = 10) -> str:
+def explain_filter(source: RowSource, at_most: int = 10) -> str:
     """For a source of which `where` leaves nothing: the column that never matches and values that it has."""
     rows = list(scan_rows(source))
     for column, allowed in source.where.items():
-        if not any(_is_one_of(row.get(column), allowed) for row in rows):
+        if not any(is_one_of(row.get(column), allowed) for row in rows):
             found = sorted({reprlib.repr(row.get(column)) for row in rows})
             more = ", ..." if len(found) > at_most else ""
             return f": where allows {', '.join(map(repr, allowed))} and '{column}' is {', '.join(found[:at_most])}{more}"
@@ -329,7 +320,7 @@ def _load_prompt_set(source: QuestionSource, name: str, template: Template, toke
     return PromptSet(name, prompts, source.weight, num_dropped)
 
 
-def name_sources(sources: Sequence[QuestionSource]) -> list[str]:
+def name_sources(sources: Sequence[RowSource]) -> list[str]:
     """A name for each source: the stem of its file or the last part of its dataset's name, with as much more as tells sources apart.
 
     That is folders or the dataset's owner before it, then split and subset behind it.
@@ -343,7 +334,7 @@ def name_sources(sources: Sequence[QuestionSource]) -> list[str]:
     return [choose(source.label) for source in sources]
 
 
-def _make_tails(source: QuestionSource) -> list[str]:
+def _make_tails(source: RowSource) -> list[str]:
     """`c`, `b-c`, `a-b-c` for a/b/c.jsonl; `b`, `a-b`, `b-split`, `b-subset-split`, `a-b-subset-split` for the dataset a/b."""
     if source.path is not None:
         return _join_tails(Path(source.path).with_suffix("").parts)

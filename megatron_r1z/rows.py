@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_r1z.config import QuestionSource
+from megatron_r1z.config import RowSource, Scalar
 from megatron_r1z.errors import DataError, MissingExtraError
 
 
@@ -61,19 +62,33 @@ class MalformedRow(Row):
         raise DataError(self.fault)
 
 
-def iterate_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file, read as they are asked for; blank lines of JSONL are skipped.
+def chosen_rows(source: RowSource) -> Iterator[Row]:
+    """The rows that `where`, `offset` and `limit` of a source choose, read as they are asked for.
 
     Raises:
-        DataError: the file is missing, of another kind, or malformed.
+        DataError: the file or the dataset cannot be read, or a row up to the last chosen one is malformed or lacks a column of `where`.
     """
-    for row in _scan_file(Path(path)):
-        if isinstance(row, MalformedRow):
-            raise DataError(row.fault)
-        yield row
+    kept = (row for row in map(_checked, scan_rows(source)) if matches(row, source.where))
+    return islice(kept, source.offset, None if source.limit is None else source.offset + source.limit)
 
 
-def scan_rows(source: QuestionSource) -> Iterator[Row]:
+def _checked(row: Row) -> Row:
+    if isinstance(row, MalformedRow):
+        raise DataError(row.fault)
+    return row
+
+
+def matches(row: Row, where: Mapping[str, Sequence[Scalar]]) -> bool:
+    """Whether each column of `where` has one of its values."""
+    return all(is_one_of(row.get(column), values) for column, values in where.items())
+
+
+def is_one_of(value: Any, allowed: Sequence[Scalar]) -> bool:
+    """Whether a value is allowed: 3 is 3.0, but true is not 1."""
+    return any(value == entry and isinstance(value, bool) == isinstance(entry, bool) for entry in allowed)
+
+
+def scan_rows(source: RowSource) -> Iterator[Row]:
     """The rows of a source; one that cannot be read is a `MalformedRow`, and the next one follows.
 
     Raises:
@@ -127,7 +142,7 @@ def _scan_parquet(path: Path) -> Iterator[Row]:
         yield Row(index, f"{path}: row {index}", values)
 
 
-def _scan_dataset(source: QuestionSource) -> Iterator[Row]:
+def _scan_dataset(source: RowSource) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
@@ -144,7 +159,7 @@ def _scan_dataset(source: QuestionSource) -> Iterator[Row]:
         yield Row(index, f"{source.label}: row {index}", values)
 
 
-def _load_saved(source: QuestionSource) -> Any:
+def _load_saved(source: RowSource) -> Any:
     """The rows of a folder that `save_to_disk` wrote: one split, or several by name. None for any other folder or name."""
     import datasets
 

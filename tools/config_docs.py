@@ -50,6 +50,7 @@ COMMANDS = {
     "analyse": config.AnalyseConfig,
 }
 SOURCES = "Entries of `data.train` and `evaluation.sets`, and `analysis.questions`"
+TEXTS = "Entries of `corpus.sources` and `corpus.evaluation`"
 EXTRA = "Entries of `grading.extra`"
 
 
@@ -65,6 +66,7 @@ def page() -> str:
         sections.append(section(name, record))
         sections += [f"\n### {name}.{part}\n\n{kind.__doc__}\n\n{table(kind)}" for part, kind in subsections(record).items()]
     sections.append(f"\n## {SOURCES}\n\n{table(config.QuestionSource)}")
+    sections.append(f"\n## {TEXTS}\n\n{table(config.TextSource)}")
     sections.append(f"\n## {EXTRA}\n\n{table(config.ExtraReward)}")
     return INTRODUCTION + "".join(sections)
 
@@ -99,15 +101,16 @@ def table(record: type[Any]) -> str:
 
 
 def field_docstrings(record: type[Any]) -> dict[str, str]:
-    """The string under each field of a dataclass, on one line."""
-    definition = ast.parse(inspect.getsource(record)).body[0]
-    assert isinstance(definition, ast.ClassDef)
+    """The string under each field of a dataclass and of those that it extends, on one line."""
     found = {}
-    for statement, following in zip(definition.body, definition.body[1:], strict=False):
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            found[statement.target.id] = " ".join(str(following.value.value).split()).replace("|", "\\|")
+    for kind in reversed([kind for kind in record.__mro__ if dataclasses.is_dataclass(kind)]):
+        definition = ast.parse(inspect.getsource(kind)).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                found[statement.target.id] = " ".join(str(following.value.value).split()).replace("|", "\\|")
     return found
 
 
@@ -128,6 +131,7 @@ def show_type(hint: Any) -> str:
         float: "number",
         bool: "true, false",
         config.QuestionSource: "question files, see below",
+        config.TextSource: "texts, see below",
         config.ExtraReward: "rewards, see below",
     }
     return names.get(hint, "section")

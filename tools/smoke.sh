@@ -19,7 +19,7 @@ r1z() { "$python" -m megatron_r1z "$@"; }
 step "task"
 "$python" examples/quickstart/make_task.py "$folder/task"
 step "pre-training, 60 steps"
-r1z pretrain configs/quickstart-pretrain.yaml "${one_rank[@]}" corpus.path="$folder/task/corpus.jsonl" corpus.steps=60 optimizer.decay_steps=60 \
+r1z pretrain configs/quickstart-pretrain.yaml "${one_rank[@]}" corpus.sources.0.path="$folder/task/corpus.jsonl" corpus.steps=60 optimizer.decay_steps=60 \
     optimizer.warmup_steps=5 logging.folder="$folder/base" "$@"
 step "Dr. GRPO, 3 iterations"
 r1z train configs/quickstart.yaml "${one_rank[@]}" parallel.tensor_parallel_size=1 rollout.tensor_parallel_size=1 algorithm.iterations=3 \

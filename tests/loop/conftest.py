@@ -213,7 +213,7 @@ def pretraining(task: Task) -> list[str]:
     return [
         "configs/quickstart-pretrain.yaml",
         f"model.path={task.model}",
-        f"corpus.path={task.corpus}",
+        f"corpus.sources.0.path={task.corpus}",
         "corpus.steps=100",
         "corpus.documents_per_step=64",
         "optimizer.warmup_steps=10",

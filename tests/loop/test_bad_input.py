@@ -98,7 +98,7 @@ def test_question_file_is_named_with_the_line(
 def test_corpus_is_named_with_the_line(refusal: Callable[..., str], pretraining: list[str], tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "1+1=2"}\n{"texts": "1+1=2"}\n')
-    sentence = refusal("pretrain", *pretraining, f"corpus.path={path}")
+    sentence = refusal("pretrain", *pretraining, f"corpus.sources.0.path={path}")
     assert f"{path}:2" in sentence
 
 

@@ -40,7 +40,7 @@ TRAIN: dict[str, Any] = {
 }
 PRETRAIN: dict[str, Any] = {
     "model": {"path": "model", "random_init": True},
-    "corpus": {"path": "corpus.jsonl", "steps": 10},
+    "corpus": {"sources": [{"path": "corpus.jsonl"}], "steps": 10},
     "logging": {"folder": "runs/x"},
 }
 

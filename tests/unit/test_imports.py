@@ -36,7 +36,7 @@ ALLOWED = {
 }
 # Libraries and the only places that may import them.
 HOMES = {
-    "megatron": ("policy/", "checkpoint.py"),
+    "megatron": ("policy/", "checkpoint.py", "indexed.py"),
     "transformer_engine": ("policy/",),
     "vllm": ("rollout/",),
     "nemo_run": ("launch/",),

@@ -146,7 +146,7 @@ def test_the_configurations_meet_where_the_program_looks(objective: str) -> None
     base = load_config(PretrainConfig, EXAMPLE / "pretrain.yaml")
     config = load_config(TrainConfig, EXAMPLE / "train.yaml", [f"algorithm.name={objective}"])
     assert Path(base.model.path) == run.FOLDER / "task" / "model"
-    assert Path(base.corpus.path) == run.FOLDER / "task" / "corpus.jsonl"
+    assert Path(base.corpus.sources[0].path or "") == run.FOLDER / "task" / "corpus.jsonl"
     assert Path(base.logging.folder) == run.FOLDER / "base"
     assert Path(config.model.path) == run.FOLDER / "base" / "hf" / "final"
     assert [source.path for source in config.data.train] == [str(run.FOLDER / "task" / "questions.jsonl")]

@@ -57,7 +57,7 @@ def train_config(folder: Path, **sections: dict[str, Any]) -> TrainConfig:
 def pretrain_config(folder: Path, **sections: dict[str, Any]) -> PretrainConfig:
     tree: dict[str, dict[str, Any]] = {
         "model": {"path": str(folder / "model"), "random_init": True},
-        "corpus": {"path": str(folder / "corpus.jsonl"), "steps": 3, "max_document_tokens": 256},
+        "corpus": {"sources": [{"path": str(folder / "corpus.jsonl")}], "steps": 3, "max_document_tokens": 256},
         "logging": {"folder": str(folder / "run")},
     }
     for name, fields in sections.items():

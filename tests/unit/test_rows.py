@@ -14,7 +14,7 @@ import pytest
 from megatron_r1z.config import QuestionSource
 from megatron_r1z.errors import DataError, MissingExtraError
 from megatron_r1z.prompts import Question, load_questions
-from megatron_r1z.rows import MalformedRow, iterate_rows, scan_rows
+from megatron_r1z.rows import MalformedRow, chosen_rows, scan_rows
 
 datasets = pytest.importorskip("datasets")
 
@@ -152,7 +152,7 @@ def test_a_malformed_line_is_passed_over_or_refused(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match=r"q\.jsonl:4: each line must be a JSON object, not list\."):
         rows[2].get("a")
-    rows_of_corpus = iterate_rows(path)
+    rows_of_corpus = chosen_rows(QuestionSource(path=str(path)))
     assert next(rows_of_corpus).values == {"a": 1}
     with pytest.raises(DataError, match=r"q\.jsonl:3: not valid JSON"):
         next(rows_of_corpus)
