@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +28,27 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="session")
-def arguments(pretraining: list[str]) -> list[str]:
+def texts(task: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A blend of rows and an indexed dataset whose documents are split, and 64 held-out rows."""
+    prefix = tmp_path_factory.mktemp("indexed") / "tokens"
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin")
+    for row in map(json.loads, task.corpus.read_text().splitlines()[64:]):
+        builder.add_item(torch.tensor([*tokenizer(row["prompt"] + row["response"]).input_ids, tokenizer.eos_token_id]))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    sources = [{"path": str(task.corpus), "offset": 64, "weight": 3}, {"path": f"{prefix}.idx"}]
+    held_out = [{"path": str(task.corpus), "limit": 64}]
+    return [
+        *(f"corpus.sources={json.dumps(sources)}", f"corpus.evaluation={json.dumps(held_out)}", "corpus.evaluation_every=8"),
+        *("corpus.max_document_tokens=48", "corpus.long_documents=split"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def arguments(pretraining: list[str], texts: list[str]) -> list[str]:
     short = [f"corpus.steps={STEPS}", "corpus.documents_per_step=32", "optimizer.warmup_steps=2", f"optimizer.decay_steps={STEPS}"]
-    return [*pretraining, *short, "parallel.micro_batch_tokens=256", "checkpoint.every=8", "checkpoint.keep=2"]
+    return [*pretraining, *texts, *short, "parallel.micro_batch_tokens=256", "checkpoint.every=8", "checkpoint.keep=2"]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +68,7 @@ def resumed(arguments: list[str], cli: Any, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("resumed")
     words = ["pretrain", *arguments, *LAYOUTS["tp2"], f"logging.folder={folder}"]
     command = cli.start(*words)
-    command.wait_until(lambda: len(rows_of(folder)) >= 3)
+    command.wait_until(lambda: len(steps_of(folder)) >= 3)
     command.process.send_signal(signal.SIGINT)
     return folder, command.wait(), cli.run(*words)
 
@@ -59,22 +79,36 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows]
 
 
+def steps_of(folder: Path) -> list[dict[str, float]]:
+    return [row for row in rows_of(folder) if "pretrain/loss" in row]
+
+
+def evaluations_of(folder: Path) -> dict[int, float]:
+    """Loss of the held-out rows by step."""
+    return {int(row["step"]): row["evaluation/easy_corpus_loss_nats"] for row in rows_of(folder) if "pretrain/loss" not in row}
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "hf" / "final" / "model.safetensors")
 
 
 def test_loss_falls(runs: dict[str, Path]) -> None:
-    rows = rows_of(runs["one-rank"])
+    rows, evaluations = steps_of(runs["one-rank"]), evaluations_of(runs["one-rank"])
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["pretrain/loss"] < 0.6 * rows[0]["pretrain/loss"]
+    assert list(evaluations) == [0, 8, 16, STEPS]
+    assert evaluations[0] == pytest.approx(rows[0]["pretrain/loss"], rel=0.05)
+    assert evaluations[STEPS] == pytest.approx(rows[-1]["pretrain/loss"], rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["dp2", "tp2", "pp2", "cp2", "pp2-uneven"])
 def test_every_layout_has_the_same_loss_curve(runs: dict[str, Path], name: str) -> None:
     for quantity in ("loss", "grad_norm", "entropy_nats", "trained_tokens", "learning_rate"):
-        expected, found = ([row[f"pretrain/{quantity}"] for row in rows_of(runs[layout])] for layout in ("one-rank", name))
+        expected, found = ([row[f"pretrain/{quantity}"] for row in steps_of(runs[layout])] for layout in ("one-rank", name))
         print("differences", name, quantity, max(abs(mine - other) for mine, other in zip(found, expected, strict=True)))
         assert found == pytest.approx(expected, rel=1e-5 if quantity == "loss" else 1e-4)
+    print("differences", name, "evaluation", evaluations_of(runs[name]), evaluations_of(runs["one-rank"]))
+    assert evaluations_of(runs[name]) == pytest.approx(evaluations_of(runs["one-rank"]), rel=1e-5)
 
 
 @pytest.mark.parametrize(("first", "second"), [("cp2", "one-rank"), ("tp2", "cp2")])
@@ -88,8 +122,8 @@ def test_context_parallel_ranks_write_and_read_the_same_checkpoints(
     outcome = cli.run("pretrain", *arguments, *LAYOUTS[second], f"logging.folder={folder}")
     assert (outcome.status, outcome.stderr) == (0, "")
     assert f"step_000016: 16 of {STEPS} steps done" in outcome.stdout
-    found, expected = rows_of(folder)[-4:], rows_of(runs["one-rank"])[-4:]
-    assert [row["step"] for row in found] == [17, 18, 19, 20]
+    found, expected = rows_of(folder)[-5:], rows_of(runs["one-rank"])[-5:]
+    assert [row["step"] for row in found] == [17, 18, 19, 20, 20]
     for mine, row in zip(found, expected, strict=True):
         assert mine == pytest.approx(row, rel=1e-4)
 
@@ -127,6 +161,6 @@ def test_weights_out_of_range_end_the_run_at_the_steps_that_were_skipped(argumen
     assert "3 optimizer steps in a row were skipped, the last of them optimizer step 4: the loss was not finite for " in sentence
     assert "of 32 samples (3/" in sentence
     assert "; step 4 is in the newest checkpoint" in sentence
-    assert [row["pretrain/skipped_steps"] for row in rows_of(tmp_path)] == [0.0, 1.0, 1.0, 1.0]
+    assert [row["pretrain/skipped_steps"] for row in steps_of(tmp_path)] == [0.0, 1.0, 1.0, 1.0]
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000004"
     assert outcome.processes == outcome.segments == []
