@@ -73,10 +73,12 @@ def evaluated() -> set[str]:
 
 
 def pretrained() -> set[str]:
-    """What pre-training keeps of a step's figures: the tuple `names` of `pretrain.py`, which cannot be imported without Megatron."""
-    for node in ast.walk(ast.parse(read("megatron_r1z/pretrain.py"))):
+    """The tuple `names` of `pretrain.py`, what is kept of a step's figures, and its evaluation; it cannot be imported without Megatron."""
+    source = read("megatron_r1z/pretrain.py")
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "names":
-            return {f"pretrain/{name}" for name in ast.literal_eval(node.value)}
+            found = {f"pretrain/{name}" for name in ast.literal_eval(node.value)}
+            return found | {name.replace("{item.name}", "<source>") for name in re.findall(r'f"(evaluation/[^"]+)"', source)}
     return set()
 
 
