@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1z import __version__
-from megatron_r1z.analysis.sweep import OnDemand, Sweep, cells_of
+from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
 from megatron_r1z.checkpoint import Checkpoints, load_weights
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
 from megatron_r1z.corpus import DocumentStream, load_texts
@@ -333,7 +333,7 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
 
 
 @contextmanager
-def made_sweep(config: AnalyseConfig) -> Iterator[Sweep]:
+def made_analysis(config: AnalyseConfig) -> Iterator[Analysis]:
     """The analysis of this rank; one engine, made when it is first needed, serves all templates and temperatures."""
     tokenizer = load_tokenizer(config.model.path)
     log, stop_flag = Console() if dist.get_rank() == 0 else SilentLog(), StopFlag().install()
@@ -350,7 +350,7 @@ def made_sweep(config: AnalyseConfig) -> Iterator[Sweep]:
             _say_sets(log, sets[name], by_template[name])
             grader.self_test()
         stack.callback(log.close)
-        yield Sweep(
+        yield Analysis(
             config,
             {
                 cell: Evaluation(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -385,14 +384,12 @@ def _sweep(options: argparse.Namespace, _arguments: list[str]) -> int:
 
 
 def _launch_sweep(options: argparse.Namespace, cells: list[sweep.Cell]) -> None:
-    from megatron_r1z.launch.command import start_jobs
-    from megatron_r1z.launch.job import make_jobs
+    from megatron_r1z.launch.command import start_cells
 
     if options.executor == "local":
         raise ConfigError("sweep runs on this machine by itself, one run after the other; leave out --executor local.")
     if cells:
-        overridden = [dataclasses.replace(cell, overrides=(*cell.overrides, f"launch.executor={options.executor}")) for cell in cells]
-        start_jobs(make_jobs(options.config, overridden, options.cluster), options)
+        start_cells(cells, options)
 
 
 def _plan_run(options: argparse.Namespace) -> int:
@@ -500,18 +497,18 @@ def _evaluate_rank(config: EvaluateConfig) -> int:
 
 
 def _analyse_rank(config: AnalyseConfig) -> int:
-    from megatron_r1z.analysis.sweep import finish, sample
-    from megatron_r1z.assemble import joined_ranks, made_sweep
+    from megatron_r1z.analysis.analyse import finish, sample
+    from megatron_r1z.assemble import joined_ranks, made_analysis
 
-    with joined_ranks(config), made_sweep(config) as sweep:
-        records = sample(sweep)
+    with joined_ranks(config), made_analysis(config) as run:
+        records = sample(run)
     finished = records is not None
     if records is not None and os.environ["RANK"] == "0":  # the engines are gone, so a judge on this machine has their place
-        finished = finish(config, records, sweep.log, sweep.stop_flag)
+        finished = finish(config, records, run.log, run.stop_flag)
         if finished:
-            sweep.log.say(f"report       {config.folder / 'report.md'}")
+            run.log.say(f"report       {config.folder / 'report.md'}")
     if not finished:
-        sweep.log.say("stopped on request; the same command goes on where it was stopped")
+        run.log.say("stopped on request; the same command goes on where it was stopped")
     return 0 if finished else STOPPED
 
 

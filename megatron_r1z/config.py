@@ -937,9 +937,8 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     Raises:
         ConfigError: one sentence with the file, the key and, for an unknown key, the nearest known one.
     """
-    source = read_tree(path)
+    source, overridden = _read(path, overrides)
     tree = source.values
-    overridden = [_apply_override(tree, override) for override in overrides]
     _make_placed(LaunchConfig, tree.pop(LAUNCH, {}), source, overridden, LAUNCH)
     if kind is EvaluateConfig:
         tree = {name: section for name, section in tree.items() if name not in TRAINING_SECTIONS}
@@ -952,10 +951,8 @@ def load_launch(path: str | Path, overrides: Sequence[str] = (), defaults: Mappi
     Raises:
         ConfigError: one sentence with the file and the key.
     """
-    source = read_tree(path)
-    tree = source.values
-    overridden = [_apply_override(tree, override) for override in overrides]
-    section = tree.get(LAUNCH, {})
+    source, overridden = _read(path, overrides)
+    section = source.values.get(LAUNCH, {})
     if defaults and isinstance(section, Mapping):
         section = merged(defaults, section)
     return _make_placed(LaunchConfig, section, source, overridden, LAUNCH)
@@ -974,6 +971,12 @@ def load_record(kind: type[Record], path: str | Path) -> Record:
 def make_config(kind: type[Config], tree: Mapping[str, Any]) -> Config:
     """Build and check a configuration from nested mappings."""
     return typing.cast(Config, _build(kind, tree, ""))
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[ConfigTree, list[str]]:
+    """A file with the overrides in its values, and the dotted keys of those."""
+    source = read_tree(path)
+    return source, [_apply_override(source.values, override) for override in overrides]
 
 
 def _make_placed(kind: type[Record], tree: Any, source: ConfigTree, overridden: Sequence[str], where: str = "") -> Record:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_r1z.errors import DataError
 from megatron_r1z.metrics import Console, Metrics
 from megatron_r1z.prompts import PromptSet
 from megatron_r1z.protocols import Grader, Sampler, Sampling
+from megatron_r1z.result_files import append_rows, replace_text
 from megatron_r1z.scores import Attempt, QuestionResult, SetScore, make_results, render, score
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import FinishReason, Prompt, VerdictKind
@@ -115,7 +115,7 @@ def evaluate_set(run: Evaluation, item: PromptSet, path: Path) -> list[QuestionR
         run.log.phase(f"{item.name}: question {len(results) + 1} of {len(item.prompts)}")
         chunk = evaluate_prompts(item.prompts[len(results) : len(results) + size], run.engine, run.grader, run.sampling, EVALUATED)
         if dist.get_rank() == 0:
-            _append_results(path, chunk)
+            append_rows(path, map(_to_row, chunk))
         results += chunk
         accuracy = fmean(result.num_right / len(result.attempts) for result in results)
         run.log.say(f"{item.name}: {len(results)} of {len(item.prompts)} questions, accuracy so far {accuracy:.1%}")
@@ -134,14 +134,6 @@ def _read_results(path: Path, chunk: int, prompts: Sequence[Prompt]) -> list[Que
     with path.open("r+b") as file:
         file.truncate(sum(map(len, kept)))
     return results
-
-
-def _append_results(path: Path, results: Sequence[QuestionResult]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write("".join(f"{json.dumps(_to_row(result))}\n" for result in results).encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _to_row(result: QuestionResult) -> dict[str, Any]:
@@ -168,6 +160,4 @@ def _write_scores(path: Path, config: EvaluateConfig, scores: Sequence[SetScore]
         "mean_accuracy": fmean(item.accuracy for item in scores),
         "sets": [item.to_tree() for item in scores],
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(tree, indent=1) + "\n")
-    partial.rename(path)
+    replace_text(path, json.dumps(tree, indent=1) + "\n")

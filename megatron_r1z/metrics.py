@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
+from megatron_r1z.result_files import replace_text
 from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, TokenFigures, UpdateStats, ValueStats, VerdictKind
 
 Metrics = dict[str, float]
@@ -169,9 +170,7 @@ class RunLog(Console):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if _is_finished(line, finished)]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.rename(path)
+        replace_text(path, "".join(f"{line}\n" for line in kept))
         self._rows = path.open("a")
         self._unit = next(iter(finished))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=finished[self._unit] + 1)

@@ -46,8 +46,7 @@ class Axis:
         """A value as part of a folder's name and in the table: of a path its last part, a number with the field's name."""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return f"{self.title}{value}"
-        text = Path(value).name if isinstance(value, str) and "/" in value else str(value)
-        return re.sub(r"[^\w.-]+", "-", text)
+        return name_of(Path(value).name if isinstance(value, str) and "/" in value else str(value))
 
     def overrides(self, value: Any) -> list[str]:
         """What sets the fields to a value."""
@@ -89,6 +88,15 @@ class Score:
     best: float | None
     best_iteration: int | None
     last: float | None
+
+
+def name_of(text: str) -> str:
+    """A text as the name of a folder or a job: letters, digits, dots, dashes and underscores.
+
+    >>> name_of("a run, [1e-6]")
+    'a-run-1e-6-'
+    """
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def parse_axis(text: str) -> Axis:

@@ -18,6 +18,7 @@ from megatron_r1z.analysis.examine import Inquiry, Task
 from megatron_r1z.config import JudgeConfig
 from megatron_r1z.errors import ConfigError, JudgeError
 from megatron_r1z.metrics import Console
+from megatron_r1z.result_files import append_rows
 from megatron_r1z.supervisor import StopFlag
 
 INSTRUCTIONS = {
@@ -142,7 +143,7 @@ def ask(
             if not failures:
                 _refuse_silence(found, replies, config)
             if found:
-                _append(path, found)  # also those beside a failure, or the same ones would be asked for again
+                append_rows(path, map(asdict, found))  # also those beside a failure, or the same ones would be asked for again
             if failures:
                 raise failures[0]
             replies |= {reply.key: reply for reply in found}
@@ -218,11 +219,3 @@ def _read(path: Path) -> dict[str, Reply]:
             file.truncate(len(complete))
     rows = [Reply(**json.loads(line)) for line in complete.splitlines()]
     return {row.key: row for row in rows}
-
-
-def _append(path: Path, replies: Sequence[Reply]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write("".join(f"{json.dumps(asdict(reply))}\n" for reply in replies).encode())
-        file.flush()
-        os.fsync(file.fileno())

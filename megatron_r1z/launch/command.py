@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megatron_r1z.errors import ConfigError, LaunchError
+from megatron_r1z.errors import ConfigError
 from megatron_r1z.launch import experiments
-from megatron_r1z.launch.experiments import SUCCEEDED, State
-from megatron_r1z.launch.job import WORK, Job, make_job
+from megatron_r1z.launch.experiments import State
+from megatron_r1z.launch.job import WORK, Job, make_job, make_jobs
+from megatron_r1z.sweep import Cell
 from megatron_r1z.tables import align
 
 
@@ -21,30 +22,31 @@ def start(options: argparse.Namespace) -> int:
     """
     if options.work not in WORK:
         raise ConfigError(f"--command is {options.work}; it must be one of {', '.join(WORK)}.")
-    chosen = [] if options.executor is None else [f"launch.executor={options.executor}"]
-    job = make_job(options.config, [*options.overrides, *chosen], work=options.work, cluster_path=options.cluster)
-    return start_jobs([job], options)
+    return _start([make_job(options.config, _overrides(options), work=options.work, cluster_path=options.cluster)], options)
 
 
-def start_jobs(jobs: Sequence[Job], options: argparse.Namespace) -> int:
-    """Submit jobs as one experiment, or print what would be submitted.
+def start_cells(cells: Sequence[Cell], options: argparse.Namespace) -> int:
+    """Submit runs of a sweep as one experiment, or print what would be submitted.
 
     Raises:
         UsageError: before anything is submitted.
         LaunchError: a job did not succeed.
     """
+    return _start(make_jobs(options.config, cells, _overrides(options), cluster_path=options.cluster), options)
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    return options.overrides if options.executor is None else [*options.overrides, f"launch.executor={options.executor}"]
+
+
+def _start(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     if options.dry_run:
         print("\n".join(experiments.scripts_of(jobs)))
         return 0
     states = experiments.submit(jobs, detach=options.detach)
     _print(states)
-    failed = [state for state in states if state.state != SUCCEEDED]
-    if failed and not options.detach:
-        which = f"experiment {failed[0].experiment}" + (f", {len(failed)} of {len(states)} jobs," if len(states) > 1 else "")
-        raise LaunchError(
-            f"{which} ended as {failed[0].state}; `megatron-r1z launch logs {failed[0].experiment}` shows what it said, and the same "
-            "launch goes on from its last checkpoint."
-        )
+    if not options.detach:
+        experiments.check(states)
     return 0
 
 

@@ -46,6 +46,15 @@ class Target:
     """What nemo-run needs for it beyond its own installation."""
 
 
+SKYPILOT = Target(
+    kind="SkypilotExecutor",
+    nodes="num_nodes",
+    ranks="torchrun_nproc_per_node",
+    gpus="gpus_per_node",
+    container="container_image",
+    setup="setup",
+    extra="nemo-run[skypilot]",
+)
 TARGETS = {
     "local": Target(kind="LocalExecutor", nodes="nodes", ranks="ntasks_per_node"),
     "slurm": Target(
@@ -60,24 +69,8 @@ TARGETS = {
     "docker": Target(
         kind="DockerExecutor", nodes=None, ranks="ntasks_per_node", gpus="num_gpus", container="container_image", mounts="volumes"
     ),
-    "skypilot": Target(
-        kind="SkypilotExecutor",
-        nodes="num_nodes",
-        ranks="torchrun_nproc_per_node",
-        gpus="gpus_per_node",
-        container="container_image",
-        setup="setup",
-        extra="nemo-run[skypilot]",
-    ),
-    "skypilot_jobs": Target(
-        kind="SkypilotJobsExecutor",
-        nodes="num_nodes",
-        ranks="torchrun_nproc_per_node",
-        gpus="gpus_per_node",
-        container="container_image",
-        setup="setup",
-        extra="nemo-run[skypilot]",
-    ),
+    "skypilot": SKYPILOT,
+    "skypilot_jobs": dataclasses.replace(SKYPILOT, kind="SkypilotJobsExecutor"),
     "dgxcloud": Target(kind="DGXCloudExecutor", nodes="nodes", ranks="nprocs_per_node", gpus="gpus_per_node", container="container_image"),
     "kubeflow": Target(
         kind="KubeflowExecutor",

@@ -95,6 +95,21 @@ def submit(jobs: Sequence[Job], *, detach: bool = False) -> list[State]:
         return _states(experiment)
 
 
+def check(states: Sequence[State]) -> None:
+    """Whether all of the jobs that were waited for did what they were to do.
+
+    Raises:
+        LaunchError: one did not.
+    """
+    failed = [state for state in states if state.state != SUCCEEDED]
+    if failed:
+        which = f"experiment {failed[0].experiment}" + (f", {len(failed)} of {len(states)} jobs," if len(states) > 1 else "")
+        raise LaunchError(
+            f"{which} ended as {failed[0].state}; `megatron-r1z launch logs {failed[0].experiment}` shows what it said, and the same "
+            "launch goes on from its last checkpoint."
+        )
+
+
 def find(name: str | None) -> Any:
     """The experiment of that name, or the last one.
 

@@ -22,7 +22,7 @@ from megatron_r1z.config import (
 )
 from megatron_r1z.cost.cluster import Cluster, load_cluster
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.sweep import Cell
+from megatron_r1z.sweep import Cell, name_of
 from megatron_r1z.yaml_tree import read_tree
 
 Work = Literal["train", "pretrain", "evaluate"]
@@ -75,10 +75,24 @@ def make_job(path: str, overrides: Sequence[str] = (), *, work: Work = "train", 
     Raises:
         ConfigError: one sentence, before anything is submitted.
     """
-    cluster = None if cluster_path is None else load_cluster(cluster_path)
-    defaults = {} if cluster_path is None else read_tree(cluster_path).values.get(LAUNCH, {})
-    config = load_config(KINDS[work], path, overrides)
-    return place(Path(path).stem, work, config, load_launch(path, overrides, defaults), cluster)
+    return place(Path(path).stem, work, load_config(KINDS[work], path, overrides), *_where(path, overrides, cluster_path))
+
+
+def make_jobs(path: str, cells: Sequence[Cell], overrides: Sequence[str] = (), *, cluster_path: str | None = None) -> list[Job]:
+    """Runs of a sweep over `path` as the jobs of one experiment, all in the same place.
+
+    Raises:
+        ConfigError: one sentence, before anything is submitted.
+    """
+    launch, cluster = _where(path, overrides, cluster_path)
+    return [dataclasses.replace(place(Path(path).stem, "train", cell.config, launch, cluster), name=cell.name) for cell in cells]
+
+
+def _where(path: str, overrides: Sequence[str], cluster_path: str | None) -> tuple[LaunchConfig, Cluster | None]:
+    """What the files of a run and of a cluster, if one is given, say of the place."""
+    if cluster_path is None:
+        return load_launch(path, overrides), None
+    return load_launch(path, overrides, read_tree(cluster_path).values.get(LAUNCH, {})), load_cluster(cluster_path)
 
 
 def place(name: str, work: Work, config: AnyConfig, launch: LaunchConfig, cluster: Cluster | None) -> Job:
@@ -101,9 +115,10 @@ def place(name: str, work: Work, config: AnyConfig, launch: LaunchConfig, cluste
     if launch.executor in ("local", "docker") and nodes > 1:
         raise ConfigError(f"executor {launch.executor} has one node, and {ranks} ranks of {per_node} on a node need {nodes}.")
     gpus = None if cluster is None else per_node
+    safe = name_of(name)
     return Job(
-        experiment=_safe(name),
-        name=_safe(name),
+        experiment=safe,
+        name=safe,
         work=work,
         config=config,
         launch=launch,
@@ -111,20 +126,6 @@ def place(name: str, work: Work, config: AnyConfig, launch: LaunchConfig, cluste
         ranks_per_node=per_node,
         gpus_per_node=gpus,
     )
-
-
-def make_jobs(path: str, cells: Sequence[Cell], cluster_path: str | None = None) -> list[Job]:
-    """The runs of a sweep as the jobs of one experiment.
-
-    Raises:
-        ConfigError: one sentence, before anything is submitted.
-    """
-    jobs = [make_job(path, cell.overrides, cluster_path=cluster_path) for cell in cells]
-    return [dataclasses.replace(job, name=_safe(cell.name)) for job, cell in zip(jobs, cells, strict=True)]
-
-
-def _safe(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
 
 
 def stage(job: Job, folder: Path) -> None:

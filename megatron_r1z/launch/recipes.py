@@ -24,8 +24,7 @@ import nemo_run as run
 
 from megatron_r1z.config import LaunchConfig, TrainConfig
 from megatron_r1z.cost.cluster import Cluster, load_cluster
-from megatron_r1z.errors import LaunchError
-from megatron_r1z.launch.experiments import SUCCEEDED, State, submit
+from megatron_r1z.launch.experiments import State, check, submit
 from megatron_r1z.launch.job import make_job, place
 
 
@@ -37,8 +36,8 @@ def start(name: str, config: TrainConfig, launch: LaunchConfig, cluster: Cluster
         LaunchError: the job did not succeed.
     """
     (state,) = submit([place(name, "train", config, launch, cluster)], detach=detach)
-    if not detach and state.state != SUCCEEDED:
-        raise LaunchError(f"experiment {state.experiment} ended as {state.state}; its files are in {state.folder}.")
+    if not detach:
+        check([state])
     return state
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_r1z.analysis import judge, sweep
-from megatron_r1z.analysis.sweep import Cell, OnDemand, Sweep, cells_of, finish, sample
+from megatron_r1z.analysis import analyse, judge
+from megatron_r1z.analysis.analyse import Analysis, Cell, OnDemand, cells_of, finish, sample
 from megatron_r1z.config import AnalyseConfig, make_config
 from megatron_r1z.evaluate import Evaluation, evaluation_sampling
 from megatron_r1z.metrics import SilentLog
@@ -35,7 +35,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time, and test_report.py draws them; one test here keeps them."""
     if request.function is not test_every_template_at_every_temperature_is_sampled_and_reported:
-        monkeypatch.setattr(sweep, "draw", lambda _figures, _folder: [])
+        monkeypatch.setattr(analyse, "draw", lambda _figures, _folder: [])
 
 
 class Script:
@@ -98,7 +98,7 @@ def run(config: AnalyseConfig, script: Script) -> bool:
         item = config.evaluation(cell.template, cell.temperature)
         sampling = evaluation_sampling(item.evaluation, item.rollout, ())
         cells[cell] = Evaluation(item, [sets[cell.template]], engine, script, sampling, SilentLog(), script.flag)  # type: ignore[arg-type]
-    records = sample(Sweep(config, cells, SilentLog(), script.flag))
+    records = sample(Analysis(config, cells, SilentLog(), script.flag))
     return records is not None and finish(config, records, SilentLog(), script.flag)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_r1z.analysis import judge
 from megatron_r1z.analysis.examine import Inquiry, examine, make_inquiries, read_levels
@@ -17,6 +16,7 @@ from megatron_r1z.evaluate import Evaluation, evaluate_set
 from megatron_r1z.metrics import Console
 from megatron_r1z.prompts import Question, load_questions, name_sources
 from megatron_r1z.protocols import Sampler, Sampling
+from megatron_r1z.result_files import replace_text
 from megatron_r1z.scores import QuestionResult, powers_up_to
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import Group, Prompt
@@ -57,7 +57,7 @@ class OnDemand:
 
 
 @dataclass
-class Sweep:
+class Analysis:
     """The collaborators of one `megatron-r1z analyse` on this rank."""
 
     config: AnalyseConfig
@@ -72,13 +72,13 @@ def cells_of(config: AnalyseConfig) -> list[Cell]:
     return [Cell(template, temperature) for template in config.analysis.templates for temperature in config.analysis.temperatures]
 
 
-def sample(sweep: Sweep) -> Records | None:
+def sample(analysis: Analysis) -> Records | None:
     """The responses of every cell, those on disk first; None where a stop was asked for."""
     records = {}
-    for cell, evaluation in sweep.cells.items():
+    for cell, evaluation in analysis.cells.items():
         (questions,) = evaluation.sets
-        sweep.log.say(f"template {cell.template}, temperature {cell.temperature:g}")
-        records[cell] = evaluate_set(evaluation, questions, sweep.config.folder / "responses" / f"{cell.name}.jsonl")
+        analysis.log.say(f"template {cell.template}, temperature {cell.temperature:g}")
+        records[cell] = evaluate_set(evaluation, questions, analysis.config.folder / "responses" / f"{cell.name}.jsonl")
         if len(records[cell]) < len(questions.prompts):
             return None
     return records
@@ -121,12 +121,6 @@ def _write(config: AnalyseConfig, figures: Sequence[CellFigures], log: Console) 
     pictures = draw(figures, config.folder)
     if not pictures:
         log.say("no plots, since matplotlib is not installed; run `pip install matplotlib` and the same command again")
-    _replace(config.folder / "analysis.json", json.dumps(make_tree(config, figures), indent=1) + "\n")
-    _replace(config.folder / "report.md", render(config, figures, pictures))
+    replace_text(config.folder / "analysis.json", json.dumps(make_tree(config, figures), indent=1) + "\n")
+    replace_text(config.folder / "report.md", render(config, figures, pictures))
     log.say("\n" + summarise(figures) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
