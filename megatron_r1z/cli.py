@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.folder is not None:
         os.chdir(options.folder)
-        arguments = arguments[arguments.index(options.command_name) :]  # for ranks, which are started in that folder
+        arguments = arguments[2 if arguments[0] == "-C" else 1 :]  # for ranks, which are started in that folder
     command: Callable[[argparse.Namespace, list[str]], int] = options.command
     try:
         return command(options, arguments)
@@ -111,7 +111,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-r1z", description="Dr. GRPO on a Megatron-core policy, with rollouts by vLLM.")
     parser.add_argument("-C", dest="folder", metavar="FOLDER", type=_folder, help="work in FOLDER instead of the current one")
-    commands = parser.add_subparsers(required=True, metavar="command", dest="command_name")
+    commands = parser.add_subparsers(required=True, metavar="command")
     for name, command, text in (
         ("train", _train, "reinforcement learning by Dr. GRPO from a run's YAML"),
         ("pretrain", _pretrain, "next-token training on text from a run's YAML"),
@@ -364,12 +364,14 @@ def _launch(options: argparse.Namespace, _arguments: list[str]) -> int:
 
 
 def _sweep(options: argparse.Namespace, _arguments: list[str]) -> int:
+    if options.executor is None and (options.dry_run or options.detach or options.cluster):
+        raise ConfigError("--dry-run, --detach and --cluster are about jobs; say with --executor where they are to run.")
     axes = [sweep.parse_axis(text) for text in options.over]
     cells = sweep.make_cells(options.config, axes, options.overrides)
     failed: list[sweep.Cell] = []
     stopped = False
     try:
-        if options.executor is not None:
+        if options.executor is not None and not options.table:
             _launch_sweep(options, [cell for cell in cells if not sweep.is_through(cell)])
         elif not options.table:
             failed, stopped = sweep.run_here(options.config, cells)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_r1z import cli
 from megatron_r1z.cli import main
 from megatron_r1z.config import Executor, LaunchConfig, TrainConfig, load_config, load_launch
 from megatron_r1z.cost.cluster import load_cluster
@@ -125,6 +126,15 @@ def test_work_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert "Qwen2.5" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["-C", "nowhere", "plan", "run.yaml"])
+
+
+def test_a_folder_may_have_the_name_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "_train", lambda _options, arguments: seen.append(arguments) or 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").mkdir()
+    assert main(["-C", "train", "train", "run.yaml"]) == 0
+    assert seen == [["train", "run.yaml"]]
 
 
 def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,3 +116,17 @@ def test_only_what_is_left_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     answers.clear()
     answers["r1-seed1"] = STOPPED
     assert main(["sweep", *options, *axes]) == STOPPED
+
+
+@pytest.mark.parametrize("option", [["--dry-run"], ["--detach"], ["--cluster", "file.yaml"]])
+def test_what_is_about_jobs_does_not_start_runs_here(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "_run_one", lambda command: pytest.fail(f"{command} was run"))
+    assert main(["sweep", QUICKSTART, "--over", AXES[1], *option, f"logging.folder={tmp_path / 'run'}"]) == 2
+    assert "say with --executor where they are to run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_submits_nothing(tmp_path: Path) -> None:
+    assert main(["sweep", QUICKSTART, "--over", AXES[1], "--table", "--executor", "slurm", f"logging.folder={tmp_path / 'run'}"]) == 0
