@@ -221,7 +221,7 @@ def _add_launch(commands: Any) -> None:
     sub = _add_command(commands, "launch", _launch, text)
     sub.add_argument("config", metavar="CONFIG|status|logs|cancel", help="YAML file of a run, or what to do with an experiment")
     sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file; its section launch says how")
-    sub.add_argument("--command", dest="work", default="train", metavar="COMMAND", help="train (default), pretrain or evaluate")
+    sub.add_argument("--command", dest="work", default="train", metavar="COMMAND", help="train (default), pretrain, evaluate or analyse")
     _add_place(sub)
 
 

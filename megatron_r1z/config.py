@@ -361,8 +361,7 @@ class RolloutConfig:
             )
         if self.top_k != -1 and self.top_k < 1:
             raise ConfigError(f"rollout.top_k is {self.top_k}; it must be at least 1, or -1 for off.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"rollout.top_p is {self.top_p}; it must be above 0 and at most 1.")
+        _check_top_p("rollout", self.top_p)
 
     @property
     def samples_per_iteration(self) -> int:
@@ -574,13 +573,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "every", "samples")
-        _not_negative(self, "temperature")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"evaluation.top_p is {self.top_p}; it must be above 0 and at most 1.")
-        if self.samples > 1 and self.temperature == 0:
-            raise ConfigError(
-                f"evaluation.samples is {self.samples} at temperature 0, where all responses to a question are the same; set a temperature."
-            )
+        _check_sampling("evaluation", self.top_p, self.samples, (self.temperature,))
         paths = [source.label for source in self.sets]
         if len(set(paths)) < len(paths):
             raise ConfigError(
@@ -664,8 +657,7 @@ class AnalysisConfig:
             raise ConfigError("analysis.keywords has an empty one, which every response contains; remove it.")
         if ("few_shot" in self.templates) != (self.shots_path is not None):
             raise ConfigError("analysis: template few_shot and shots_path go together; give both or neither.")
-        for temperature in self.temperatures:
-            self.evaluation(temperature)
+        _check_sampling("analysis", self.top_p, self.samples, self.temperatures)
 
     def _check_list(self, name: str) -> None:
         values = getattr(self, name)
@@ -1174,6 +1166,23 @@ def _positive(record: Any, *names: str) -> None:
 
 def _not_negative(record: Any, *names: str) -> None:
     _check_range(record, names, "at least 0", lambda value: value is None or value >= 0)
+
+
+def _check_top_p(section: str, top_p: float) -> None:
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"{section}.top_p is {top_p}; it must be above 0 and at most 1.")
+
+
+def _check_sampling(section: str, top_p: float, samples: int, temperatures: Sequence[float]) -> None:
+    """How held-out questions are asked: greedily, or with a temperature."""
+    _check_top_p(section, top_p)
+    for temperature in temperatures:
+        if not temperature >= 0:  # so that nan does not pass
+            raise ConfigError(f"{section} has temperature {temperature}; it must be at least 0.")
+    if samples > 1 and 0 in temperatures:
+        raise ConfigError(
+            f"{section}.samples is {samples} at temperature 0, where all responses to a question are the same; set a temperature."
+        )
 
 
 def _check_range(record: Any, names: Sequence[str], wanted: str, holds: Callable[[Any], bool]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from megatron_r1z.config import (
     LAUNCH,
+    AnalyseConfig,
     AnyConfig,
     EvaluateConfig,
     LaunchConfig,
@@ -25,9 +26,9 @@ from megatron_r1z.errors import ConfigError
 from megatron_r1z.sweep import Cell, name_of
 from megatron_r1z.yaml_tree import read_tree
 
-Work = Literal["train", "pretrain", "evaluate"]
+Work = Literal["train", "pretrain", "evaluate", "analyse"]
 WORK: tuple[Work, ...] = get_args(Work)
-KINDS: dict[Work, Any] = {"train": TrainConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig}
+KINDS: dict[Work, Any] = {"train": TrainConfig, "pretrain": PretrainConfig, "evaluate": EvaluateConfig, "analyse": AnalyseConfig}
 
 JOB_FOLDER = Path("/nemo_run")
 """Where a job sees its own folder. nemo-run mounts it there in a container and puts the real path in its place without one."""

@@ -14,10 +14,19 @@ import yaml
 
 from megatron_r1z import cli
 from megatron_r1z.cli import main
-from megatron_r1z.config import Executor, LaunchConfig, TrainConfig, load_config, load_launch
+from megatron_r1z.config import (
+    AnalyseConfig,
+    EvaluateConfig,
+    Executor,
+    LaunchConfig,
+    PretrainConfig,
+    TrainConfig,
+    load_config,
+    load_launch,
+)
 from megatron_r1z.cost.cluster import load_cluster
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.launch.job import CODE, RUN_FILE, Job, make_job, place, stage
+from megatron_r1z.launch.job import CODE, RUN_FILE, Job, Work, make_job, place, stage
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -97,6 +106,21 @@ def test_the_run_goes_before_the_cluster_and_the_command_line_before_both(tmp_pa
     assert job.launch.options == {"account": "me", "qos": "high"}
     assert job.launch.variables == {"NCCL_DEBUG": "INFO", "N": 1}
     assert make_job(str(tmp_path / "run.yaml")).launch.restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "config"),
+    [
+        ("pretrain", PretrainConfig, "configs/quickstart-pretrain.yaml"),
+        ("evaluate", EvaluateConfig, "configs/quickstart.yaml"),
+        ("analyse", AnalyseConfig, "configs/analyse-smollm2.yaml"),
+    ],
+)
+def test_every_command_that_has_ranks_can_be_a_job(work: Work, kind: type[Any], config: str, tmp_path: Path) -> None:
+    job = make_job(str(ROOT / config), [f"logging.folder={tmp_path}"], work=work)
+    stage(job, tmp_path)
+    assert load_config(kind, tmp_path / RUN_FILE) == job.config
+    assert job.arguments(CODE)[2] == work
 
 
 def test_a_job_takes_code_and_configuration_as_they_are_now(tmp_path: Path) -> None:
