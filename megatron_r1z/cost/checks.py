@@ -20,11 +20,6 @@ def check_shape(config: TrainConfig, shape: ModelShape, cluster: Cluster | None 
     Raises:
         ConfigError: with the numbers.
     """
-    if config.algorithm.has_critic:
-        raise ConfigError(
-            "algorithm.name is ppo, and the plan has no account of the critic's memory and time; plan another objective, and leave room "
-            "for a second set of weights, gradients and moments."
-        )
     check_dense(config.model.path, shape)
     check_layers(config.parallel, shape.num_layers)
     topology = config.parallel.topology

@@ -1,4 +1,4 @@
-"""Memory of one rank, item by item and phase by phase, for the code as it is: policy, optimizer and engine are there all the time."""
+"""Memory of one rank, item by item and phase by phase, for the code as it is: policy, critic and engine are there all the time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_r1z.cost.critic import CriticMemory
 from megatron_r1z.cost.engine_memory import EngineMemory
 from megatron_r1z.cost.formats import QUANTISED_BYTES
 from megatron_r1z.cost.policy_memory import PolicyMemory
@@ -60,11 +61,14 @@ class RankMemory:
         return max((item for item in self.items if item.phase in (None, phase)), key=lambda item: item.nbytes)
 
 
-def rank_memory(policy: PolicyMemory, engine: EngineMemory, fp8_share: float, refit_buffers: int, reserved: int) -> tuple[RankMemory, ...]:
+def rank_memory(
+    policy: PolicyMemory, critic: CriticMemory | None, engine: EngineMemory, fp8_share: float, refit_buffers: int, reserved: int
+) -> tuple[RankMemory, ...]:
     """A rank of each pipeline stage.
 
     Args:
         policy: the policy's part.
+        critic: the critic's part; None without one.
         engine: the engine's part, the same on every rank.
         fp8_share: share of the layers' matrices that go over in FP8.
         refit_buffers: send and receive buffers of the rank that needs most.
@@ -79,14 +83,17 @@ def rank_memory(policy: PolicyMemory, engine: EngineMemory, fp8_share: float, re
         Item("engine at work", engine.work, Phase.ROLLOUT),
         Item("refit at work", REFIT_WORK_BYTES, Phase.REFIT),
     ]
-    return tuple(RankMemory(stage, (*_policy_items(policy, stage, fp8_share), *fixed)) for stage in range(policy.topology.pp))
+    return tuple(RankMemory(stage, (*_policy_items(policy, critic, stage, fp8_share), *fixed)) for stage in range(policy.topology.pp))
 
 
-def _policy_items(policy: PolicyMemory, stage: int, fp8_share: float) -> Iterator[Item]:
-    yield Item("weights", policy.weights(stage))
-    yield Item("gradients", policy.gradients(stage))
-    yield Item("optimizer", policy.optimizer_state(stage))
+def _policy_items(policy: PolicyMemory, critic: CriticMemory | None, stage: int, fp8_share: float) -> Iterator[Item]:
+    """Of policy and critic, whose passes come one after the other."""
+    models: list[PolicyMemory] = [policy] if critic is None else [policy, critic]
+    for model, name in zip(models, ("", "critic's "), strict=False):
+        yield Item(f"{name}weights", model.weights(stage))
+        yield Item(f"{name}gradients", model.gradients(stage))
+        yield Item(f"{name}optimizer", model.optimizer_state(stage))
     if fp8_share:
         yield Item("quantised for engines", math.ceil(policy.parameters[stage].matrices * fp8_share * QUANTISED_BYTES))
-    yield Item("activations", policy.logprobs(stage), Phase.LOGPROBS)
-    yield Item("activations", policy.update(stage), Phase.UPDATE)
+    yield Item("activations", max(model.logprobs(stage) for model in models), Phase.LOGPROBS)
+    yield Item("activations", max(model.update(stage) for model in models), Phase.UPDATE)

@@ -85,15 +85,19 @@ class PolicyMemory:
         )
 
     @property
-    def _hidden(self) -> float:
+    def hidden(self) -> float:
         """Hidden width of a token outside of tensor-parallel regions, on average over all tokens of the micro-batch."""
         return self.shape.hidden_size / (self.topology.tp if self.parallel.sequence_parallel else 1)
 
     @property
+    def vocab_columns(self) -> int:
+        """Of the output layer on a rank of the last stage, padding included."""
+        return padded_vocab_size(self.shape.vocab_size, POLICY_VOCAB_MULTIPLE[self.spec] * self.topology.tp) // self.topology.tp
+
+    @property
     def head(self) -> HeadBytes:
         """Log-probs, on the last stage."""
-        columns = padded_vocab_size(self.shape.vocab_size, POLICY_VOCAB_MULTIPLE[self.spec] * self.topology.tp) // self.topology.tp
-        return head_bytes(self.shape, columns, self.batch, hidden=self._hidden, itemsize=self.form.itemsize, spec=self.spec)
+        return head_bytes(self.shape, self.vocab_columns, self.batch, hidden=self.hidden, itemsize=self.form.itemsize, spec=self.spec)
 
     def kept(self, stage: int) -> int:
         """What autograd keeps at the fullest moment: at the end of a forward pass, or while a layer that was recomputed is in memory."""
@@ -112,7 +116,7 @@ class PolicyMemory:
         inside = (self.token.recomputed(recompute) + gradients) * tokens
         if stage == self.topology.pp - 1:
             return round(between + max(inside, self.head.kept + self.head.backward))
-        sent = sum(self._waiting(stage)) * self._hidden * self.form.itemsize * tokens  # a stage keeps what it has sent on
+        sent = sum(self._waiting(stage)) * self.hidden * self.form.itemsize * tokens  # a stage keeps what it has sent on
         return round(between + inside + sent)
 
     def logprobs(self, stage: int) -> int:

@@ -176,6 +176,7 @@ def _phases(cost: RunCost) -> list[tuple[str, float, str]]:
         ("update", passes.total, f"{counts}; {spent}"),
         ("gradients", time.gradient_sum, "summed over data-parallel ranks"),
         ("optimizer", time.optimizer, "on the host" if cost.config.optimizer.offload_to_host else "in device memory"),
+        *([("critic", time.critic, "values of all samples, then the same steps")] if cost.critic else []),
         ("refit", time.refit, "with the digests of both sides"),
     ]
 
@@ -275,7 +276,7 @@ def _search_row(cost: RunCost) -> tuple[str, ...]:
         f"{config.rollout.kv_cache_bytes / GIB:.0f} GiB",
         f"{cost.fullest.peak / GIB:.1f}",
         f"{_digits(time.rollout.total)} s",
-        f"{_digits(time.update + (time.logprobs.total if time.logprobs else 0.0))} s",
+        f"{_digits(time.update + time.critic + (time.logprobs.total if time.logprobs else 0.0))} s",
         f"{_digits(time.refit)} s",
         f"{_digits(time.total)} s",
         f"{cost.tokens_per_gpu_second:,.0f}",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from megatron_r1z.config import TrainConfig
 from megatron_r1z.cost.activations import BatchSize
 from megatron_r1z.cost.assumptions import DEFAULT, Assumptions
 from megatron_r1z.cost.cluster import GIB, Cluster
 from megatron_r1z.cost.compute import sample_flops
+from megatron_r1z.cost.critic import CriticMemory, flops_shape
 from megatron_r1z.cost.engine_memory import BATCH_TOKENS, SMALL_BATCH_TOKENS, SMALL_GIB, EngineMemory
 from megatron_r1z.cost.formats import FP32_BYTES, engine_format, fp8_share, policy_format
 from megatron_r1z.cost.lengths import Lengths
@@ -24,6 +26,8 @@ from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.fp8 import by_format, fp8_matrices
 from megatron_r1z.layout.plan import DEFAULT_RANKS_PER_NODE, DEFAULT_ROUND_BYTES, LIVE_ROUNDS, Edge, make_plan
 from megatron_r1z.plan_report import Machine, PlanReport, add_up
+
+Memory = TypeVar("Memory", PolicyMemory, CriticMemory)
 
 MAX_BUFFER_BYTES = 2 * LIVE_ROUNDS * DEFAULT_ROUND_BYTES
 """Refit buffers are never larger (`RankPlan.buffer_bytes`)."""
@@ -40,17 +44,19 @@ class StepTime:
     """Forward and backward of all steps."""
     gradient_sum: float
     optimizer: float
+    critic: float
+    """Its values, passes, gradient sum and optimizer; 0 without one."""
     refit: float
 
     @property
     def update(self) -> float:
-        """Passes, gradient sum and optimizer of all steps."""
+        """Passes, gradient sum and optimizer of all steps of the policy."""
         return self.passes.total + self.gradient_sum + self.optimizer
 
     @property
     def total(self) -> float:
         """All phases, one after the other."""
-        return self.rollout.total + (self.logprobs.total if self.logprobs else 0.0) + self.update + self.refit
+        return self.rollout.total + (self.logprobs.total if self.logprobs else 0.0) + self.update + self.critic + self.refit
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,19 @@ class RunCost:
     @cached_property
     def policy(self) -> PolicyMemory:
         """Memory of the policy, for a pipeline that is full and the longest sample, which travels alone where it exceeds the budget."""
+        return self._memory_of(PolicyMemory)
+
+    @cached_property
+    def critic(self) -> CriticMemory | None:
+        """Memory of the critic in the same micro-batches; None without one."""
+        return self._memory_of(CriticMemory) if self.config.algorithm.has_critic else None
+
+    def _memory_of(self, kind: type[Memory]) -> Memory:
         config = self.config
         together = max(config.parallel.micro_batch_tokens, config.max_model_tokens)
         tokens = math.ceil(together / config.parallel.context_parallel_size)
         batch = BatchSize(tokens, responses=tokens, micro_batches=config.parallel.num_chunks)
-        return PolicyMemory(self.shape, config.parallel, config.optimizer, policy_format(config.precision), batch)
+        return kind(self.shape, config.parallel, config.optimizer, policy_format(config.precision), batch)
 
     @cached_property
     def engine(self) -> EngineMemory:
@@ -127,7 +141,7 @@ class RunCost:
     def ranks(self) -> tuple[RankMemory, ...]:
         """Memory of a rank of each pipeline stage."""
         buffers = self.refit.buffer_bytes if self.plans_refit else MAX_BUFFER_BYTES * (3 if self.engine.form.is_fp8 else 1)
-        return rank_memory(self.policy, self.engine, self.fp8_share, buffers, int(self.assumptions.reserved_gib * GIB))
+        return rank_memory(self.policy, self.critic, self.engine, self.fp8_share, buffers, int(self.assumptions.reserved_gib * GIB))
 
     @property
     def fullest(self) -> RankMemory:
@@ -147,7 +161,8 @@ class RunCost:
         return " with ".join(name for name, is_on in uses.items() if is_on)
 
     def _rank_host_bytes(self, stage: int) -> int:
-        return self.policy.host_state(stage) + (self.policy.weights(stage) if self.config.algorithm.kl_coef else 0)
+        reference = self.policy.weights(stage) if self.config.algorithm.kl_coef else 0
+        return self.policy.host_state(stage) + reference + (self.critic.host_state(stage) if self.critic else 0)
 
     # --- refit ---
 
@@ -210,8 +225,17 @@ class RunCost:
             passes=update.passes().times(self.steps),
             gradient_sum=update.gradient_sum() * self.steps,
             optimizer=update.optimizer() * self.steps,
+            critic=self._critic_seconds,
             refit=self._refit_seconds,
         )
+
+    @property
+    def _critic_seconds(self) -> float:
+        """A pass for the values of all samples, then as many steps as the policy takes."""
+        if self.critic is None:
+            return 0.0
+        each = UpdateTime(self.config, flops_shape(self.shape), self.lengths, self.critic, self._cluster, self.assumptions)
+        return self.steps * (each.logprobs().total + each.passes().total + each.gradient_sum() + each.optimizer())
 
     @property
     def _refit_seconds(self) -> float:

@@ -65,11 +65,7 @@ class MegatronCritic(TrainedModel):
     def update(self, batch: GlobalBatch) -> ValueStats:
         """One optimizer step towards the returns of the batch."""
         self.start_step(len(batch.micro_batches))
-
-        def bind(work: step.Work) -> Any:
-            return functools.partial(_micro_batch_loss, work.batch, self._value_clip)
-
-        parts = step.run_schedule(self.model, [step.Work(item) for item in batch.micro_batches], bind, forward_only=False)
+        parts = self._passes(batch)
         sums = ValueSums(*step.sum_over_ranks([part.sums for part in parts], len(fields(ValueSums))))
         culprits = () if math.isfinite(sums.loss) else step.non_finite_over_ranks([(part.batch, part.losses_R) for part in parts])
         taken = self.take_step(sums.loss)
@@ -87,6 +83,14 @@ class MegatronCritic(TrainedModel):
             skipped=taken.skipped,
             non_finite=culprits,
         )
+
+    def _passes(self, batch: GlobalBatch) -> list[_Tallies]:
+        """Forward and backward: accumulates the gradient of a step."""
+
+        def bind(work: step.Work) -> Any:
+            return functools.partial(_micro_batch_loss, work.batch, self._value_clip)
+
+        return step.run_schedule(self.model, [step.Work(item) for item in batch.micro_batches], bind, forward_only=False)
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """As the policy's, under names of its own, so that both fit one checkpoint."""

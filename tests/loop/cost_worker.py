@@ -1,4 +1,4 @@
-"""One rank of `test_cost.py`: builds a policy under every layout of this world size, takes two steps and counts its live tensors.
+"""One rank of `test_cost.py`: builds policies and critics under every layout of this world size, takes two steps and counts live tensors.
 
 Run by torchrun with a folder: `cases.json` (a list of cases, see `test_cost.py`) in, `measured_<rank>.json` (a row per case) out.
 """
@@ -10,7 +10,7 @@ import json
 import random
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_r1z.config import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.blocks import padded_vocab_size
-from megatron_r1z.layout.families import load_shape
+from megatron_r1z.layout.families import ModelShape, load_shape
+from megatron_r1z.layout.topology import Topology
 from megatron_r1z.objective import make_loss
-from megatron_r1z.packing import pack
+from megatron_r1z.packing import GlobalBatch, PackingRules, pack
 from megatron_r1z.policy import step
 from megatron_r1z.policy.cpu import megatron_device
+from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
 from megatron_r1z.types import Sample
@@ -79,44 +81,62 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     settings = Settings(ModelConfig(path=case["model"]), parallel, PrecisionConfig(policy=case["precision"]))
     shape, topology = load_shape(case["model"]), parallel.topology
     start_megatron(topology, seed=1)
-    padded = padded_vocab_size(shape.vocab_size, topology.tp)
-    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded)
-    for weight in policy.parameters().values():
-        weight.normal_(0, 0.02)
-    policy.start_training(
-        make_loss(AlgorithmConfig(iterations=1)),
-        OptimizerConfig(distributed=case["distributed"]),
-    )
+    model, passes, rules = make_model(settings, shape, topology, OptimizerConfig(distributed=case["distributed"]), of_critic=case["critic"])
     where = topology.coordinates(dist.get_rank())
     batch = pack(
         make_samples(case["samples"], shape.vocab_size),
-        policy.packing_rules(),
+        rules,
         where.dp_rank,
         where.cp_rank,
         token_weight=lambda _length: 1.0,
         denominator=1000,
     )
-    policy.update(TrainBatch(batch))  # moments are made in the first step
-    kept = Kept(policy.parameters().values())
+    update(model, batch)  # moments are made in the first step
+    kept = Kept(model.parameters().values())
     with kept.counted():
-        policy.update(TrainBatch(batch))
+        update(model, batch)
     live = Live()
     with live, megatron_device():
-        step.forward_backward(policy.model, TrainBatch(batch).work(), policy._loss)
+        passes(batch)
     measured = {
-        "weights": held(policy.parameters().values()),
-        "gradients": held(buffer.grad_data for chunk in policy.model.chunks for buffer in chunk.buffers),
-        "optimizer": held(optimizer_tensors(policy), but=policy.parameters().values()),
+        "weights": held(model.parameters().values()),
+        "gradients": held(buffer.grad_data for chunk in model.model.chunks for buffer in chunk.buffers),
+        "optimizer": held(optimizer_tensors(model), but=model.parameters().values()),
         "kept": kept.most,
         "peak": live.most,
         "tokens": batch.micro_batches[0].num_tokens,
         "responses": max(item.rows_R.numel() for item in batch.micro_batches),
         "micro_batches": len(batch.micro_batches),
     }
-    del policy
+    del model, passes
     gc.collect()
     parallel_state.destroy_model_parallel()
     return measured
+
+
+def make_model(
+    settings: Settings, shape: ModelShape, topology: Topology, optimizer: OptimizerConfig, *, of_critic: bool
+) -> tuple[MegatronPolicy | MegatronCritic, Callable[[GlobalBatch], Any], PackingRules]:
+    """A policy or a critic of random weights that is ready to train, what makes its forward and backward passes, and its packing."""
+    padded = padded_vocab_size(shape.vocab_size, topology.tp)
+    policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded)
+    for weight in policy.parameters().values():
+        weight.normal_(0, 0.02)
+    if of_critic:
+        critic = MegatronCritic(settings, shape, topology, padded_vocab_size=padded)
+        critic.start_as(policy.parameters())
+        critic.start_training(0.2, optimizer)
+        return critic, critic._passes, policy.packing_rules()
+    loss = make_loss(AlgorithmConfig(iterations=1))
+    policy.start_training(loss, optimizer)
+    return policy, lambda batch: step.forward_backward(policy.model, TrainBatch(batch).work(), loss), policy.packing_rules()
+
+
+def update(model: MegatronPolicy | MegatronCritic, batch: GlobalBatch) -> None:
+    if isinstance(model, MegatronCritic):
+        model.update(batch)
+    else:
+        model.update(TrainBatch(batch))
 
 
 def make_samples(count: int, vocab_size: int) -> list[Sample]:
@@ -135,9 +155,9 @@ def held(tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> int:
     return sum(nbytes for pointer, nbytes in storages.items() if pointer not in others)
 
 
-def optimizer_tensors(policy: MegatronPolicy) -> list[Tensor]:
+def optimizer_tensors(model: MegatronPolicy | MegatronCritic) -> list[Tensor]:
     """Master weights and moments."""
-    chained = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    chained = getattr(model.optimizer, "chained_optimizers", [model.optimizer])
     inner = [item.optimizer for item in chained]
     masters = [parameter for item in inner for group in item.param_groups for parameter in group["params"]]
     states = [value for item in inner for state in item.state.values() for value in state.values()]

@@ -1,4 +1,4 @@
-"""The memory model of `megatron_r1z/cost/` against real policies: weights, gradients and optimizer, and what a step needs besides.
+"""The memory model of `megatron_r1z/cost/` against real policies and critics: weights, gradients, optimizer, and what a step needs besides.
 
 Counted are live tensors, not the process's memory: what autograd has saved (`kept`), and everything that comes into being during forward
 and backward pass (`peak`). The layers are those of a CPU, so the formulas are asked for them; what differs on a GPU is in `activations.py`.
@@ -17,6 +17,7 @@ import pytest
 
 from megatron_r1z.config import OptimizerConfig, ParallelConfig
 from megatron_r1z.cost.activations import BatchSize
+from megatron_r1z.cost.critic import CriticMemory
 from megatron_r1z.cost.formats import POLICY_FORMATS
 from megatron_r1z.cost.policy_memory import PolicyMemory
 from megatron_r1z.layout.families import load_shape
@@ -46,10 +47,20 @@ class Case:
     precision: str = "bf16"
     parallel: tuple[tuple[str, Any], ...] = ()
     distributed: bool = False
+    critic: bool = False
 
 
-def case(name: str, ranks: int, family: str = "llama", precision: str = "bf16", *, distributed: bool = False, **parallel: Any) -> Case:
-    return Case(name, ranks, family, precision, tuple(parallel.items()), distributed)
+def case(
+    name: str,
+    ranks: int,
+    family: str = "llama",
+    precision: str = "bf16",
+    *,
+    distributed: bool = False,
+    critic: bool = False,
+    **parallel: Any,
+) -> Case:
+    return Case(name, ranks, family, precision, tuple(parallel.items()), distributed, critic)
 
 
 CASES = (
@@ -68,6 +79,10 @@ CASES = (
     case("CP2, distributed optimizer", 2, context_parallel_size=2, distributed=True),
     case("DP2, distributed optimizer", 2, distributed=True),
     case("DP2, distributed optimizer, fp32", 2, precision="fp32", distributed=True),
+    case("critic, one rank, bf16", 1, critic=True),
+    case("critic, one rank, fp32, recompute full", 1, precision="fp32", critic=True, recompute="full"),
+    case("critic, TP2 with SP, tied embeddings", 2, "qwen2", critic=True, **TP2, **SP),
+    case("critic, PP2, tied embeddings, distributed optimizer", 2, "qwen2", distributed=True, critic=True, **PP2),
 )
 
 
@@ -104,13 +119,14 @@ def as_task(item: Case, models: dict[str, str]) -> dict[str, Any]:
         "parallel": parallel,
         "precision": item.precision,
         "distributed": item.distributed,
+        "critic": item.critic,
         "samples": 4 * item.ranks * 2,
     }
 
 
 def predicted(item: Case, model: str, rank: int, row: dict[str, int]) -> dict[str, int]:
     parallel = ParallelConfig(num_ranks=item.ranks, micro_batch_tokens=1024, **dict(item.parallel))
-    memory = PolicyMemory(
+    memory = (CriticMemory if item.critic else PolicyMemory)(
         load_shape(model),
         parallel,
         OptimizerConfig(distributed=item.distributed),

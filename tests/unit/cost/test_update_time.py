@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_r1z.cost.assumptions import DEFAULT
-from megatron_r1z.cost.checks import check_shape
 from megatron_r1z.cost.compute import sample_flops
+from megatron_r1z.cost.formats import policy_format
 from megatron_r1z.cost.run_cost import RunCost
-from megatron_r1z.errors import ConfigError
 from tests.unit.cost.runs import SHAPE, cluster, cost
 
 TP2 = {"tensor_parallel_size": 2}
@@ -97,6 +98,44 @@ def test_a_kl_term_takes_passes_and_a_copy_of_the_weights_in_the_hosts_memory() 
         assert alone.host_bytes == (8 * plain.policy.weights(0) if passes else 0)
 
 
-def test_a_critic_is_not_planned() -> None:
-    with pytest.raises(ConfigError, match="no account of the critic's memory and time"):
-        check_shape(cost(algorithm={"name": "ppo"}).config, SHAPE)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_a_critic_has_the_layers_of_the_policy_and_one_number_in_place_of_the_output_layer(tied: bool, tp: int, pp: int) -> None:
+    parallel = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+    shape = replace(SHAPE, tied_embeddings=tied)
+    run = cost(shape, algorithm={"name": "ppo"}, parallel=parallel)
+    assert run.critic is not None
+    policy, critic = run.policy.parameters, run.critic.parameters
+    assert [stage.matrices for stage in critic] == [stage.matrices for stage in policy]
+    assert critic[:-1] == policy[:-1]
+    is_shared = tied and pp == 1  # one matrix that the policy reads and multiplies by
+    output_layer = 0 if is_shared else run.policy.vocab_columns * shape.hidden_size
+    assert critic[-1].others == policy[-1].others - output_layer + shape.hidden_size
+
+
+def test_a_critic_takes_a_pass_for_values_and_the_same_steps_without_an_output_layer() -> None:
+    plain, run = cost(), cost(algorithm={"name": "ppo"})
+    assert replace(run.time, critic=0.0) == plain.time
+    assert plain.time.logprobs is not None
+    assert run.critic is not None
+    head = sample_flops(SHAPE, run.lengths).head
+    form, gpu = policy_format(run.config.precision), cluster().gpu
+    saved = head.times(1 + 4).seconds(form, gpu, run.assumptions.compute_share) * run.config.rollout.samples_per_iteration / 8
+    passes = plain.time.logprobs.total + plain.time.passes.total - saved
+    smaller = run.critic.parameters[0].total / run.policy.parameters[0].total
+    assert run.time.critic == pytest.approx(passes + smaller * (plain.time.gradient_sum + plain.time.optimizer), rel=1e-3)
+    assert run.time.total == pytest.approx(plain.time.total + run.time.critic)
+
+
+def test_a_critic_is_always_in_memory_and_its_passes_are_not_beside_those_of_the_policy() -> None:
+    plain, run = cost().fullest, cost(algorithm={"name": "ppo"}).fullest
+    names = [item.name for item in run.items if item not in plain.items]
+    assert names == ["critic's weights", "critic's gradients", "critic's optimizer"]
+    assert [item for item in plain.items if item not in run.items] == []
+
+
+def test_a_critic_of_an_offloaded_optimizer_has_its_state_in_the_hosts_memory() -> None:
+    offloaded = {"optimizer": {"distributed": True, "offload_to_host": True}}
+    plain, run = cost(**offloaded), cost(**offloaded, algorithm={"name": "ppo"})
+    assert run.critic is not None
+    assert run.host_bytes == plain.host_bytes + 8 * run.critic.host_state(0)
