@@ -28,7 +28,7 @@ test: env ## unit tests, then the whole loop on CPU; PYTEST_ARGS="-k name -x" go
 	@echo "== unit tests (tests/unit) =="
 	@$(PYTEST) --numprocesses auto --dist loadfile tests/unit $(PYTEST_ARGS) $(NONE_IS_FINE)
 	@echo "== loop tests (tests/loop) =="
-	@$(PYTEST) tests/loop $(PYTEST_ARGS) $(NONE_IS_FINE)
+	@$(PYTEST) --numprocesses 2 --dist loadfile tests/loop $(PYTEST_ARGS) $(NONE_IS_FINE)
 
 invariance: env ## measure every layout against the float64 reference and write docs/invariance.md (4 minutes)
 	@$(PYTEST) tests/loop/test_layouts.py --invariance docs/invariance.md

@@ -52,7 +52,8 @@ EXTRAS = {
     "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],
     "dev": [
         "pytest>=9.0,<10",
-        "pytest-xdist>=3.8,<4",  # the unit tier on all cores
+        "pytest-xdist>=3.8,<4",
+        "filelock>=3.16",  # what test processes share is made once
         "hypothesis>=6.150",
         "ruff==0.17.*",  # a minor release may format differently
         "mypy==2.4.*",

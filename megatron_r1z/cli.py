@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from megatron_r1z import sweep
+from megatron_r1z.collector import paused_collector
 from megatron_r1z.config import (
     ITEMSIZE,
     AnalyseConfig,
@@ -440,10 +442,19 @@ def _start_ranks(
         # Of Megatron and vLLM about libraries that this machine does not need, such as apex; of torch about names that Megatron calls.
         own = r"megatron\.core|torch\.overrides|torch\.distributed\.c10d_logger|megatron_r1z\.policy\.cpu|vllm"
         warnings.filterwarnings("ignore", module=f"({own})")
-        return rank_entry(rank_main, debug=options.debug)
+        return rank_entry(lambda: _load_and(rank_main), debug=options.debug)
     print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); {purpose}", flush=True)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of vLLM's memory binding; read when a rank imports torch
     return run_ranks(parallel.num_ranks, parallel.threads_per_rank, arguments, error_folder=error_folder)
+
+
+def _load_and(rank_main: Callable[[], int]) -> int:
+    with paused_collector():
+        import megatron_r1z.assemble  # noqa: F401  # and by it what every rank needs
+    try:
+        return rank_main()
+    finally:
+        gc.unfreeze()  # for the interpreter's shutdown, where there is one
 
 
 def _check_train(config: TrainConfig) -> None:

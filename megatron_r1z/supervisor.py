@@ -166,8 +166,8 @@ def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
     """Run the main function of one rank and return its status; where it fails, record why and end the process.
 
     A `UsageError` gives status 2, anything else 1. Under `run_ranks` the supervisor prints the sentence, for the rank that failed first;
-    elsewhere the rank prints it. The process ends without the interpreter's shutdown: a communication library that waits there for
-    a peer would keep a failed rank alive.
+    elsewhere the rank prints it. The process ends without the interpreter's shutdown: that takes seconds with libraries of this size, and
+    a communication library that waits there for a peer would keep a failed rank alive. `main` has closed what must be closed.
     """
     if _is_launched():
         die_with_parent()
@@ -175,7 +175,7 @@ def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # whole lines of several ranks, and none lost when a rank is killed
     try:
-        return main()
+        status = main()
     except KeyboardInterrupt:
         status = STOPPED
     except Exception as error:  # noqa: BLE001 - the last place that can say what went wrong
@@ -189,6 +189,8 @@ def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
         if _is_launched():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a repeated one would kill the interpreter while it shuts down
     if _is_launched():
+        if not is_supervised():
+            remove_shared_memory(int(os.environ["MASTER_PORT"]))  # whoever else has it mapped keeps it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

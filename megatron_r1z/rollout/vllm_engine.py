@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_r1z.collector import paused_collector
 from megatron_r1z.errors import EngineError
 from megatron_r1z.layout.fp8 import quantization_config
 from megatron_r1z.protocols import Result, Sampling
@@ -48,26 +49,8 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._version: int | None = None
-        prepare_import()
-        from vllm import LLM
-
-        from megatron_r1z.rollout.weights import register_receiver
-
-        self._llm = LLM(
-            model=settings.model_folder,
-            load_format="dummy",
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
-            tensor_parallel_size=settings.tensor_parallel_size,
-            max_model_len=settings.max_model_tokens,
-            max_num_seqs=settings.max_concurrent_sequences,
-            kv_cache_memory_bytes=settings.kv_cache_bytes,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            weight_transfer_config={"backend": register_receiver()},
-            seed=settings.seed,
-            **fp8_options(settings.model_folder, settings.not_in_fp8),
-            **prepare_engine(settings.max_model_tokens),
-        )
+        with paused_collector():
+            self._llm = _start(settings)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> list[Group]:
         """Sample for this engine's share of `prompts`; return the groups for which this rank answers (see `protocols.Engine`)."""
@@ -132,6 +115,30 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine and its process groups, the default group among them; all ranks call this."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _start(settings: EngineSettings) -> Any:
+    """vLLM's `LLM`."""
+    prepare_import()
+    from vllm import LLM
+
+    from megatron_r1z.rollout.weights import register_receiver
+
+    return LLM(
+        model=settings.model_folder,
+        load_format="dummy",
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
+        tensor_parallel_size=settings.tensor_parallel_size,
+        max_model_len=settings.max_model_tokens,
+        max_num_seqs=settings.max_concurrent_sequences,
+        kv_cache_memory_bytes=settings.kv_cache_bytes,
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+        weight_transfer_config={"backend": register_receiver()},
+        seed=settings.seed,
+        **fp8_options(settings.model_folder, settings.not_in_fp8),
+        **prepare_engine(settings.max_model_tokens),
+    )
 
 
 def fp8_options(model_folder: str, not_in_fp8: Sequence[str] | None) -> dict[str, Any]:

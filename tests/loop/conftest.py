@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -14,9 +15,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import psutil
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 8
@@ -34,6 +37,15 @@ ENVIRONMENT = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--invariance", metavar="FILE", help="write the table of test_layouts.py as a page (make invariance)")
+
+
+T = TypeVar("T")
+
+
+class Once(Protocol):
+    """See the fixture `once`."""
+
+    def __call__(self, name: str, make: Callable[[Path], T]) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,14 @@ class Command:
         seconds = time.monotonic() - self.start
         left = [" ".join(process.cmdline()) for process in self.processes()]
         stdout, stderr = (path.read_text() for path in self.outputs)
-        return Outcome(status, stdout, stderr, seconds, left, sorted(set(unused(segments())) - set(self.segments)))
+        return Outcome(status, stdout, stderr, seconds, left, self.left_segments())
+
+    def left_segments(self, patience: float = 10) -> list[str]:
+        """Those of no process that stay so: for a moment there may be some of another run, which is being killed beside this one."""
+        deadline = time.monotonic() + patience
+        while (left := sorted(set(unused(segments())) - set(self.segments))) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
 
     def end(self) -> None:
         for process in self.processes():
@@ -175,7 +194,7 @@ def torchrun() -> Callable[..., None]:
 
     def run(num_ranks: int, script: Path, *arguments: object) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        command = [*launcher, script, *map(str, arguments)]
+        command = [*launcher, "-m", "tests.loop.rank", script, *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
 
@@ -193,8 +212,29 @@ class Task:
 
 
 @pytest.fixture(scope="session")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    folder = tmp_path_factory.mktemp("task")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes what all test processes share: the first to ask for it makes it in a folder of its name, the others wait."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def once(name: str, make: Callable[[Path], T]) -> T:
+        made = root / f"{name}.pickle"
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                (root / name).mkdir(exist_ok=True)  # left by a process in which it failed
+                made.write_bytes(pickle.dumps(make(root / name)))
+            result: T = pickle.loads(made.read_bytes())
+            return result
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def task(once: Once) -> Task:
+    return once("task", make_task)
+
+
+def make_task(folder: Path) -> Task:
     subprocess.run([sys.executable, "examples/quickstart/make_task.py", folder], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     documents = [row for row in map(json.loads, (folder / "corpus.jsonl").read_text().splitlines()) if row["level"] == "sum-3"]
     prompts = sorted({row["prompt"] for row in documents})
@@ -222,12 +262,15 @@ def pretraining(task: Task) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def base(pretraining: list[str], cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(pretraining: list[str], cli: CommandLine, once: Once) -> Path:
     """A model that solves about a sixth of the questions, so that groups are mixed and have a gradient."""
-    folder = tmp_path_factory.mktemp("base")
-    outcome = cli.run("pretrain", *pretraining, f"logging.folder={folder}")
-    assert (outcome.status, outcome.stderr) == (0, "")
-    return folder / "hf" / "final"
+
+    def make(folder: Path) -> Path:
+        outcome = cli.run("pretrain", *pretraining, f"logging.folder={folder}")
+        assert (outcome.status, outcome.stderr) == (0, "")
+        return folder / "hf" / "final"
+
+    return once("base", make)
 
 
 @pytest.fixture(scope="session")
@@ -250,7 +293,6 @@ def training(base: Path, task: Task) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def unbroken(training: list[str], cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+def unbroken(training: list[str], cli: CommandLine, once: Once) -> tuple[Path, Outcome]:
     """Tensor parallel on both sides, run to the end: its folder and its outcome."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    return folder, cli.run("train", *training, *TP2, f"logging.folder={folder}")
+    return once("unbroken", lambda folder: (folder, cli.run("train", *training, *TP2, f"logging.folder={folder}")))

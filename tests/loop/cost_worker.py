@@ -1,4 +1,4 @@
-"""One rank of `test_cost.py`: builds policies and critics under every layout of this world size, takes two steps and counts live tensors.
+"""One rank of `test_cost.py`: builds policies and critics under every layout of this world size, takes a step and counts live tensors.
 
 Run by torchrun with a folder: `cases.json` (a list of cases, see `test_cost.py`) in, `measured_<rank>.json` (a row per case) out.
 """
@@ -91,10 +91,9 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         token_weight=lambda _length: 1.0,
         denominator=1000,
     )
-    update(model, batch)  # moments are made in the first step
     kept = Kept(model.parameters().values())
     with kept.counted():
-        update(model, batch)
+        update(model, batch)  # in which the moments are made
     live = Live()
     with live, megatron_device():
         passes(batch)

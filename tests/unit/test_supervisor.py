@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import random
 import re
 import signal
 import subprocess
@@ -332,3 +333,28 @@ def test_errors_are_written_as_torchrun_reads_them(
     failure = ProcessFailure(0, 1, status, str(path))
     assert failure.message["message"] == f"{type(error).__name__}: {error}"  # type: ignore[index]
     assert "raise error" in json.loads(path.read_text())["message"]["extraInfo"]["py_callstack"]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_rank_of_torchrun_removes_the_shared_memory_of_its_run(status: int, tmp_path: Path) -> None:
+    """Its engines are not shut down by the interpreter, and no supervisor cleans up behind it."""
+    port = random.randrange(100_000, 10_000_000)  # of nobody
+    ours, others = (Path(f"/dev/shm/{tmp_path.name}{name}-tp:0-[0-1]-cpushm_0") for name in (f"-{port}", f"-{port}0"))
+    for path in (ours, others):
+        path.touch()
+    try:
+        script = PRELUDE + textwrap.dedent(f"""
+            def main():
+                if {status}:
+                    raise errors.EngineError("dead.")
+                return 0
+            sys.exit(rank_entry(main))
+        """)
+        environment = os.environ | {"RANK": "0", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x"}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (status, "rank 0: dead.\n" if status else "")
+        assert not ours.exists()
+        assert others.exists()
+    finally:
+        for path in (ours, others):
+            path.unlink(missing_ok=True)
