@@ -51,8 +51,13 @@ class Checkpoints:
         pointer = self.folder / "latest"
         return self.folder / pointer.read_text().strip() if pointer.exists() else None
 
-    def save(self, step: int, policy: MegatronPolicy, state: Mapping[str, Any], critic: MegatronCritic | None = None) -> Path:
-        """Write checkpoint `step`; all ranks call this. `state` is JSON-able and the same on every rank."""
+    def save(self, step: int, policy: MegatronPolicy, state: Mapping[str, Any], critic: MegatronCritic | None = None) -> Path | None:
+        """Write checkpoint `step`; all ranks call this. `state` is JSON-able and the same on every rank.
+
+        None, and nothing written, before the first optimizer step: Megatron reads no checkpoint without moments.
+        """
+        if not policy.has_moments or not (critic is None or critic.has_moments):
+            return None
         target = self.folder / f"step_{step:06d}"
         _save(target, _sharded_state(policy, critic, is_loading=False), STATE_FILE, state)
         if dist.get_rank() == 0:

@@ -557,9 +557,13 @@ def _be_rank(config: Config, make: Callable[[Config, Weights], AbstractContextMa
 
 
 def _say_where(say: Callable[[str], None], folder: Path, finished: bool, export: bool) -> None:
-    say(f"checkpoint   {folder / 'checkpoints'}")
+    has_checkpoint = (folder / "checkpoints" / "latest").exists()
+    if has_checkpoint:
+        say(f"checkpoint   {folder / 'checkpoints'}")
     if finished and export:
         say(f"hugging face {folder / 'hf' / 'final'}")
     say(f"tensorboard  {folder / 'tensorboard'}")
-    if not finished:
+    if not finished and has_checkpoint:
         say("stopped on request; the same command goes on from the last finished iteration")
+    elif not finished:
+        say("stopped on request; nothing to keep yet, the same command starts from the beginning")

@@ -130,7 +130,7 @@ class Run:
 def train(run: Run) -> bool:
     """Run the iterations that are left; True when all are done, False when the run was asked to stop.
 
-    The last finished iteration is in a checkpoint either way.
+    The last finished iteration is in a checkpoint either way, once an optimizer step was taken.
 
     Raises:
         TrainingError: `optimizer.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
@@ -170,7 +170,7 @@ def train(run: Run) -> bool:
     if saved != run.state:
         _save(run)
     for skips in (run.skips, run.critic_skips):
-        skips.check(f"iteration {run.state.iteration}")
+        skips.check(f"iteration {run.state.iteration}" if run.checkpoints.latest() else None)
     return run.state.iteration == run.config.algorithm.iterations
 
 

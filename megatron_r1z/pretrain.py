@@ -80,7 +80,7 @@ def pretrain(run: Pretraining) -> bool:
             saved = _save(run)
     if saved != run.state:
         _save(run)
-    skips.check(f"step {run.state.step}")
+    skips.check(f"step {run.state.step}" if run.checkpoints.latest() else None)
     return run.state.step == steps
 
 

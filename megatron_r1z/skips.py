@@ -34,15 +34,16 @@ class Skips:
         self.last = f"{self.name}optimizer step {step}: {_reason(stats, samples)}"
         return f"warning: skipped {self.last}; the weights stay as they are."
 
-    def check(self, saved: str) -> None:
-        """Stop a run that makes no progress; `saved` says what is in its newest checkpoint.
+    def check(self, saved: str | None) -> None:
+        """Stop a run that makes no progress; `saved` says what is in its newest checkpoint, None that there is none.
 
         Raises:
             TrainingError: `limit` steps in a row were skipped.
         """
         if self.too_many:
+            kept = "there is no checkpoint yet" if saved is None else f"{saved} is in the newest checkpoint"
             raise TrainingError(
-                f"{self.limit} optimizer steps in a row were skipped, the last of them {self.last}; {saved} is in the newest checkpoint: "
+                f"{self.limit} optimizer steps in a row were skipped, the last of them {self.last}; {kept}: "
                 "look at these samples, lower optimizer.lr, or raise optimizer.max_skipped_steps to go on."
             )
 

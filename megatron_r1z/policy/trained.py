@@ -68,8 +68,9 @@ class TrainedModel:
         }
 
     def start_optimizer(self, config: OptimizerConfig) -> list[DistributedDataParallel]:
-        """The chunks with gradient buffers."""
+        """The chunks with gradient buffers. `has_moments` then tells whether a step was ever taken, here or before a resume."""
         self._optimizer_config = config
+        self.has_moments = False
         self._wrapped = wrap_chunks(self._bare, config)
         self.optimizer = build_optimizer(self._wrapped, config)
         self.schedule = build_schedule(self.optimizer, config)
@@ -92,6 +93,7 @@ class TrainedModel:
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if is_finite:
             self.optimizer.step()
+            self.has_moments = True
             self.schedule.step(increment=1)
         release_free_memory()
         return Taken(grad_norm, float(learning_rate or 0.0), skipped=not is_finite)
@@ -129,6 +131,7 @@ class TrainedModel:
         """Take over what `sharded_state` saved; learning rate, betas, decay and schedule stay those of the configuration."""
         self.load_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.has_moments = True
         config = self._optimizer_config
         for group in self.optimizer.param_groups:
             group |= {"max_lr": config.lr, "min_lr": config.min_lr, "betas": config.betas, "eps": config.eps}

@@ -181,6 +181,20 @@ def test_interrupt_ends_with_130_after_a_checkpoint(resumed: tuple[Path, Any, in
     assert left_nothing(stopped)
 
 
+def test_stopped_before_its_first_step_a_run_starts_from_the_beginning(training: list[str], cli: Any, tmp_path: Path) -> None:
+    """There is nothing to keep, and Megatron reads no checkpoint of an optimizer that never took a step."""
+    arguments = [*training, *TP2, "rollout.prompts_per_iteration=64", "algorithm.train_batch_size=256", "algorithm.iterations=1"]
+    command = cli.start("train", *arguments, f"logging.folder={tmp_path}")
+    command.wait_until(lambda: rows_of(tmp_path) != [])  # of the evaluation before the first iteration
+    command.process.send_signal(signal.SIGINT)
+    stopped = command.wait()
+    assert (stopped.status, iterations_of(tmp_path)) == (130, [])
+    assert "stopped on request; nothing to keep yet, the same command starts from the beginning" in stopped.stdout
+    assert not (tmp_path / "checkpoints" / "latest").exists()
+    outcome = cli.run("train", *arguments, f"logging.folder={tmp_path}")
+    assert (outcome.status, outcome.stderr, len(iterations_of(tmp_path))) == (0, "", 1)
+
+
 def test_resumed_run_goes_on_from_the_checkpoint(resumed: tuple[Path, Any, int, Any]) -> None:
     folder, _, iteration, outcome = resumed
     assert (outcome.status, outcome.stderr) == (0, "")

@@ -71,6 +71,8 @@ def test_the_run_stops_with_one_sentence() -> None:
         "(3/0, 9/0); iteration 2 is in the newest checkpoint: look at these samples, lower optimizer.lr, or raise "
         "optimizer.max_skipped_steps to go on."
     )
+    with pytest.raises(TrainingError, match=r"\(3/0, 9/0\); there is no checkpoint yet: look at these samples"):
+        skips.check(None)
 
 
 @given(skipped=st.lists(st.booleans(), max_size=20), limit=st.integers(1, 4))
