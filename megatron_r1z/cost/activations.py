@@ -55,7 +55,7 @@ def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, form: Nu
     itemsize, operand = form.itemsize, form.operand_bytes
     hidden = shape.hidden_size / (tp if sequence_parallel else 1)
     queries, keys = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
-    norms = 2 * (norm_bytes(hidden, itemsize, spec) + FP32_BYTES * hidden / shape.hidden_size)  # inputs, and one root per token
+    norms = 2 * (_norm_bytes(hidden, itemsize, spec) + FP32_BYTES * hidden / shape.hidden_size)  # inputs, and one root per token
     normed = 2 * hidden * operand  # inputs of qkv and of the feed-forward layer
     fused = (queries + 2 * keys) * itemsize  # values are a view of the fused projection, which stays as a whole
     rotated = (queries + keys) * itemsize
@@ -66,13 +66,13 @@ def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, form: Nu
         output += queries * itemsize + 4 * shape.head_dim * itemsize  # joined from its sequences; sine and cosine for queries and for keys
     if shape.qk_norm:
         heads = (shape.num_heads + shape.num_kv_heads) / tp
-        output += FP32_BYTES * heads + (norm_bytes(queries + keys, itemsize, spec) if spec == "local" else 0)
+        output += FP32_BYTES * heads + (_norm_bytes(queries + keys, itemsize, spec) if spec == "local" else 0)
     # gate and up in one, activated gate, up plus its offset of 0; and the product, which is the input of the last matrix
     feed_forward = shape.ffn_size / tp * (4 * itemsize + operand)
     return TokenBytes(norms + normed + fused + rotated + output, feed_forward, hidden * itemsize)
 
 
-def norm_bytes(width: float, itemsize: int, spec: Spec) -> float:
+def _norm_bytes(width: float, itemsize: int, spec: Spec) -> float:
     """The input of a norm; torch's composite of the local spec keeps it and its normalised value in float32."""
     return width * (2 * FP32_BYTES if spec == "local" else itemsize)
 
@@ -116,8 +116,13 @@ def head_bytes(shape: ModelShape, columns: int, batch: BatchSize, *, hidden: flo
     tiles = alive * (FP32_BYTES + is_narrow * itemsize)
     gradients = columns * shape.hidden_size * itemsize + batch.responses * shape.hidden_size * FP32_BYTES
     gradients += is_narrow * tile_columns * shape.hidden_size * FP32_BYTES
-    norm = round(batch.tokens * (norm_bytes(hidden, itemsize, spec) + FP32_BYTES))
+    norm = final_norm_bytes(batch, hidden, itemsize, spec)
     return HeadBytes(norm + batch.responses * shape.hidden_size * itemsize, tiles, tiles + gradients)
+
+
+def final_norm_bytes(batch: BatchSize, hidden: float, itemsize: int, spec: Spec) -> int:
+    """What autograd keeps of the norm before a head: its input, `hidden` wide on this rank, and one root per token."""
+    return round(batch.tokens * (_norm_bytes(hidden, itemsize, spec) + FP32_BYTES))
 
 
 def chunks_in_flight(topology: Topology, stage: int, micro_batches: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_r1z.cost.activations import HeadBytes, norm_bytes
+from megatron_r1z.cost.activations import HeadBytes, final_norm_bytes
 from megatron_r1z.cost.formats import FP32_BYTES, ParameterCounts
 from megatron_r1z.cost.policy_memory import PolicyMemory
 from megatron_r1z.layout.families import ModelShape
@@ -26,7 +26,7 @@ class CriticMemory(PolicyMemory):
     @property
     def head(self) -> HeadBytes:
         """Values of the response tokens in float32, with the gradients of their hidden states."""
-        norm = round(self.batch.tokens * (norm_bytes(self.hidden, self.form.itemsize, self.spec) + FP32_BYTES))
+        norm = final_norm_bytes(self.batch, self.hidden, self.form.itemsize, self.spec)
         rows = self.batch.responses * self.shape.hidden_size
         forward = rows * (FP32_BYTES + (self.form.itemsize if self.form.itemsize < FP32_BYTES else 0))
         whole = self.batch.tokens * self.shape.hidden_size * self.form.itemsize

@@ -21,6 +21,7 @@ LAYOUTS = {
     "one-rank": ("parallel.num_ranks=1",),
     "dp2": ("parallel.num_ranks=2",),
     "tp2": ("parallel.num_ranks=2", "parallel.tensor_parallel_size=2"),
+    "pp2": ("parallel.num_ranks=2", "parallel.pipeline_parallel_size=2"),
     "cp2": ("parallel.num_ranks=2", "parallel.context_parallel_size=2"),
     "pp2-uneven": ("parallel.num_ranks=2", "parallel.pipeline_parallel_size=2", "parallel.pipeline_layers=[1, 3]"),
 }
@@ -100,7 +101,7 @@ def test_loss_falls(runs: dict[str, Path]) -> None:
     assert evaluations[STEPS] == pytest.approx(rows[-1]["pretrain/loss"], rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2", "cp2", "pp2-uneven"])
+@pytest.mark.parametrize("name", ["dp2", "tp2", "pp2", "cp2", "pp2-uneven"])
 def test_every_layout_has_the_same_loss_curve(runs: dict[str, Path], name: str) -> None:
     for quantity in ("loss", "grad_norm", "entropy_nats", "trained_tokens", "learning_rate"):
         expected, found = ([row[f"pretrain/{quantity}"] for row in steps_of(runs[layout])] for layout in ("one-rank", name))

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,17 @@ RunRanks = Callable[..., None]
 def pytest_configure(config: pytest.Config) -> None:
     # megatron-core 0.16 imports a module of its own that it has deprecated.
     config.addinivalue_line("filterwarnings", "ignore:The 'megatron.core.transformer.custom_layers:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The default process group, of this process alone."""
+    import torch.distributed as dist  # not for the tests of the base installation
+
+    store = dist.FileStore(str(tmp_path_factory.mktemp("ranks") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

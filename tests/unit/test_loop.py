@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,13 +30,7 @@ BUDGET = 50
 DEFAULT = AlgorithmConfig(iterations=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The default process group, of this process alone."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("ranks") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def make_run(algorithm: str = "drgrpo", prompts: int = 4, samples: int = 3, batch: int = 6, seed: int = 0, stopped: bool = False) -> Run:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from megatron_r1z.analysis import analyse, judge
 from megatron_r1z.analysis.analyse import Analysis, Cell, OnDemand, cells_of, finish, sample
@@ -23,12 +22,7 @@ from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Respons
 QUESTIONS = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("ranks") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(autouse=True)
