@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +27,10 @@ from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.objective import AGGREGATIONS, make_loss
 from megatron_r1z.packing import MicroBatch, pack
-from megatron_r1z.policy import logprob
+from megatron_r1z.policy import fp8_linear, logprob, model
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
+from tests.loop.float64 import FP8_IN_FLOAT64, KeepFloat64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ def main(folder: Path) -> None:
     for topology, group in groupby(sorted(tasks, key=lambda task: repr(topology_of(task))), key=topology_of):
         start_megatron(topology, seed=1)
         for task in group:
-            with mock.patch.dict(logprob.TILE_BYTES, cpu=task["tile_bytes"]):
+            everywhere = float64_everywhere() if task["precision"] == FP8_IN_FLOAT64 else nullcontext()
+            with mock.patch.dict(logprob.TILE_BYTES, cpu=task["tile_bytes"]), everywhere:
                 results[task["name"]] = take_steps(task, topology)
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
@@ -65,10 +67,29 @@ def parallel_of(task: dict) -> ParallelConfig:
 
 
 def precision_of(task: dict) -> PrecisionConfig | SimpleNamespace:
-    """`fp8-fp32`: FP8 operands, everything else in float32, which no configuration offers: bf16 would hide mistakes in its noise."""
-    if task["precision"] == "fp8-fp32":
-        return SimpleNamespace(policy="fp8", policy_format="fp32", fp8=Fp8Config(**task["fp8"]))
+    """What a configuration would say, or FP8 operands in a policy of `float64_everywhere`, which no configuration offers."""
+    if task["precision"] == FP8_IN_FLOAT64:
+        return SimpleNamespace(policy="fp8", policy_format="fp64", fp8=Fp8Config(**task["fp8"]))
     return PrecisionConfig(policy=task["precision"])
+
+
+@contextmanager
+def float64_everywhere() -> Iterator[None]:
+    """What a policy keeps in float32 is float64 inside, but for what its FP8 operands are rounded from."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(model.DTYPES, fp64=torch.float64))
+        for name in ("round_rows", "round_columns", "round_weight"):
+            stack.enter_context(mock.patch.object(fp8_linear, name, from_float32(getattr(fp8_linear, name))))
+        stack.enter_context(KeepFloat64())
+        yield
+
+
+def from_float32(rounding: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def rounded(values: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():  # of KeepFloat64, which makes a float64 of every float32
+            return rounding(values.float()).to(values.dtype)
+
+    return rounded
 
 
 def take_steps(task: dict, topology: Topology) -> dict:
@@ -119,7 +140,7 @@ def take_steps(task: dict, topology: Topology) -> dict:
         stats = [policy.update(TrainBatch(sampled, old, reference())) for _ in range(task["steps"])]
     return {
         "logprob_error": largest_difference(logprobs, batch.micro_batches),
-        "logprob_mean_error": mean_difference(logprobs, batch.micro_batches, topology.tp),
+        "logprob_mean_square": mean_square(logprobs, batch.micro_batches, topology.tp),
         "steps": [dataclasses.asdict(item) for item in stats],
         "weights": gather(layout, policy.parameters(), shape),
         "micro_batches": len(batch.micro_batches),
@@ -167,16 +188,16 @@ class Box(list):
 def largest_difference(logprobs: list[Tensor | None], batches: tuple[MicroBatch, ...]) -> float:
     pairs = zip(logprobs, batches, strict=True)
     differences = [(mine - batch.engine_logprobs_R).abs() for mine, batch in pairs if mine is not None]
-    largest = torch.cat([torch.zeros(1), *differences]).max()
+    largest = torch.cat([torch.zeros(1), *differences]).max().double()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
 
 
-def mean_difference(logprobs: list[Tensor | None], batches: tuple[MicroBatch, ...], tp: int) -> float:
-    """Over all response tokens; tensor-parallel ranks bring the same ones."""
+def mean_square(logprobs: list[Tensor | None], batches: tuple[MicroBatch, ...], tp: int) -> float:
+    """Of the difference, over all response tokens; tensor-parallel ranks bring the same ones."""
     pairs = zip(logprobs, batches, strict=True)
-    differences = torch.cat([torch.zeros(0), *((mine - batch.engine_logprobs_R).abs() for mine, batch in pairs if mine is not None)])
-    sums = torch.tensor([differences.double().sum(), differences.numel()], dtype=torch.float64) / tp
+    squares = torch.cat([torch.zeros(0), *((mine - batch.engine_logprobs_R).square() for mine, batch in pairs if mine is not None)])
+    sums = torch.tensor([squares.double().sum(), squares.numel()], dtype=torch.float64) / tp
     dist.all_reduce(sums)
     return float(sums[0] / sums[1])
 
@@ -204,9 +225,9 @@ def gather(layout: Layout, parameters: dict[str, Tensor], shape: ModelShape) -> 
         key = (block.tensor, block.start)
         assert key not in seen or torch.equal(seen[key], value), f"copies of {key} differ"
         seen[key] = value
-    tensors = {spec.name: torch.full(spec.shape, torch.nan) for spec in hf_tensors(shape)}
+    tensors = {spec.name: torch.full(spec.shape, torch.nan, dtype=torch.float64) for spec in hf_tensors(shape)}
     for (name, start), value in seen.items():
-        tensors[name][box(start, tuple(value.shape))] = value.float()
+        tensors[name][box(start, tuple(value.shape))] = value.double()
     return tensors
 
 

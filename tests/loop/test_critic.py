@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor
 
 from megatron_r1z.types import Sample
-from tests.loop.test_layouts import KeepFloat64, draw_samples, make_model
+from tests.loop.float64 import KeepFloat64
+from tests.loop.test_layouts import draw_samples, make_model
 
 pytestmark = pytest.mark.slow
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from megatron_r1z.policy import logprob
 from megatron_r1z.types import Sample
+from tests.loop.float64 import KeepFloat64
 from tests.loop.invariance import BOUNDS, render
 
 pytestmark = pytest.mark.slow
@@ -309,19 +309,6 @@ def figures(
     }
 
 
-class KeepFloat64(TorchFunctionMode):
-    """transformers computes norms, softmax and rotary angles in float32 whatever the model's type; here they stay float64."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.Tensor.float:
-            return args[0].double()
-        wider = {torch.float32: torch.float64}
-        args = tuple(wider[arg] if arg is torch.float32 else arg for arg in args)
-        return func(*args, **{name: wider[arg] if arg is torch.float32 else arg for name, arg in (kwargs or {}).items()})
-
-
 def take_reference_steps(
     folder: Path,
     samples: list[Sample],
@@ -332,7 +319,9 @@ def take_reference_steps(
     lr: float = LEARNING_RATE,
     eps: float = EPSILON,
     steps: int = STEPS,
+    multiplied_by: float = 1.0,
 ) -> Reference:
+    """`multiplied_by`: the backward pass is that of so many times the loss, its gradient divided afterwards: FP8 rounds in between."""
     with KeepFloat64():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     prepare(model)
@@ -358,7 +347,9 @@ def take_reference_steps(
             further = zip(of_tokens, divergences, entropies, strict=True)
             of_tokens = [item + 0.3 * divergence - bonus * entropy for item, divergence, entropy in further]
         loss = AGGREGATIONS[algorithm](of_tokens)
-        loss.backward()
+        (loss * multiplied_by).backward()
+        for parameter in model.parameters():
+            parameter.grad /= multiplied_by
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         losses.append(loss.item())
         found.append(figures(terms, engine, list(entropies), divergences, algorithm))
