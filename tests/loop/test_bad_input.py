@@ -1,4 +1,4 @@
-"""A mistake of the user gets one sentence that names it, within seconds and before any rank starts."""
+"""A mistake of the user gets one sentence that names it, before any rank starts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ def refusal(cli: Any, tmp_path: Path) -> Callable[..., str]:
     """Run a command that has to be refused; returns its sentence."""
 
     def run(*arguments: str, **options: Any) -> str:
-        outcome = cli.run(*arguments, f"logging.folder={tmp_path / 'run'}", timeout=120, **options)
+        outcome = cli.run(*arguments, f"logging.folder={tmp_path / 'run'}", **options)
         assert outcome.status == 2, outcome.stderr
         assert outcome.stdout == ""
         assert outcome.stderr.endswith(".\n") or outcome.stderr.endswith("?\n")
         assert outcome.stderr.count("\n") == 1
-        assert outcome.seconds < 60  # a few on a machine that is not busy
         assert not (tmp_path / "run").exists()
         return outcome.stderr
 

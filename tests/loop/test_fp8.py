@@ -29,6 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_r1z.fp8.blocks import dequantise, quantise_rows, quantise_weight
+from megatron_r1z.layout.fp8 import BLOCK
 from megatron_r1z.policy.logprob import TILE_BYTES
 from tests.loop.float64 import FP8_IN_FLOAT64, KeepFloat64
 from tests.loop.test_layouts import (
@@ -87,7 +88,7 @@ OPTIMIZER: dict[str, Any] = {"lr": 3.0, "eps": 1.0, "steps": 1}
 
 
 def make_model(folder: Path) -> None:
-    """Blocks of 128 fit its heads and, of two ranks, each one's share."""
+    """Blocks of 128 fit its heads and, of two ranks, each one's share. Their sizes differ, so that none can have the scale of another."""
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -104,6 +105,9 @@ def make_model(folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.1 if "norm" in name or "embed" in name else 0.06)
+            if "proj" in name:
+                blocks = parameter.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+                blocks *= torch.tensor([[0.25, 1.0], [1.6, 0.6]])[:, None, :, None]
     model.save_pretrained(folder)
 
 

@@ -16,11 +16,10 @@ import psutil
 import pytest
 
 from tests.loop import slurm_cluster
-from tests.loop.conftest import TP2, figures_of, has_iteration, iterations_of
+from tests.loop.conftest import HANGS_S, TP2, figures_of, has_iteration, iterations_of
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-launch" / "bin" / "python"
-DEADLINE_S = 900.0
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,7 +48,7 @@ class Launcher:
 def output_of(process: subprocess.Popen[str], status: int = 0) -> str:
     """What a command says to its end, which must be with that status."""
     try:
-        output, _ = process.communicate(timeout=DEADLINE_S)
+        output, _ = process.communicate(timeout=HANGS_S)
     finally:
         process.kill()
     assert process.returncode == status, output[-8000:]
@@ -76,7 +75,7 @@ def run_of(training: list[str], folder: Path, *overrides: str) -> list[str]:
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + HANGS_S
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.2)

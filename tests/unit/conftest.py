@@ -11,6 +11,8 @@ import pytest
 import megatron_r1z
 
 RunRanks = Callable[..., None]
+HANGS_S = 600
+"""Ranks that take so long wait for ever, however busy the machine."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,7 +50,7 @@ def _run_ranks(worker: Path, num_ranks: int, *arguments: str) -> None:
         for rank in range(num_ranks)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=HANGS_S)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -81,7 +81,7 @@ def main(rank: int, num_ranks: int, case: str, folder: Path) -> None:
     torch.set_num_threads(1)
     if num_ranks > 1:
         store = dist.FileStore(str(folder / f"store_{case}_{num_ranks}"), num_ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=600))
     CASES[case](rank, num_ranks, folder)
     if num_ranks > 1:
         dist.destroy_process_group()

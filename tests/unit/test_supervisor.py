@@ -53,6 +53,10 @@ UNTIL_STOPPED = """
 """
 
 
+HANGS_S = 600
+"""What takes so long waits for ever, however busy the machine."""
+
+
 class Run:
     """A supervisor at work on ranks that run `script`, in a folder of its own."""
 
@@ -71,14 +75,14 @@ class Run:
 
     def wait_for(self, *names: str) -> None:
         """Until the ranks have made these files."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGS_S
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < deadline, f"no {names}: {self.process.poll()}"
             time.sleep(0.02)
 
     def end(self) -> SimpleNamespace:
-        """Wait for the supervisor, a minute at most; return its status, what it printed and what is left of its processes."""
-        out, err = self.process.communicate(timeout=60)
+        """Wait for the supervisor; return its status, what it printed and what is left of its processes."""
+        out, err = self.process.communicate(timeout=HANGS_S)
         return SimpleNamespace(status=self.process.returncode, out=out, err=err, left=self.processes())
 
     def processes(self) -> list[int]:
@@ -168,12 +172,17 @@ def test_a_rank_that_was_killed_is_named_and_takes_the_others_with_it(run: Calla
         while not Path("ready_0").exists():
             time.sleep(0.02)
         if rank == 2:
-            Path("dead_2").touch()
+            Path("written").write_text(str(os.getpid()))
+            os.rename("written", "process_2")
             os.kill(os.getpid(), signal.SIGKILL)
+        def is_alive(process):
+            try:
+                return " Z " not in Path(f"/proc/{process}/stat").read_text()
+            except OSError:
+                return False
         def main():
-            while not Path("dead_2").exists():
+            while not Path("process_2").exists() or is_alive(Path("process_2").read_text()):
                 time.sleep(0.001)
-            time.sleep(0.1)
             raise RuntimeError("Connection closed by peer")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(rank_entry(main))
@@ -250,7 +259,9 @@ def test_a_second_signal_ends_everything_at_once(run: Callable[..., Run]) -> Non
     started.process.send_signal(signal.SIGINT)  # the same key press
     time.sleep(2.5)
     assert started.process.poll() is None
-    started.process.send_signal(signal.SIGINT)
+    while started.process.poll() is None:  # again, where a busy machine took a second to note the first
+        started.process.send_signal(signal.SIGINT)
+        time.sleep(2.5)
     result = started.end()
     assert (result.status, result.left) == (1, [])
     assert "stopped without a new checkpoint: ranks 0, 1 killed at the second signal." in result.err
@@ -268,7 +279,7 @@ def test_ranks_die_with_a_killed_supervisor(run: Callable[..., Run]) -> None:
     started.wait_for("ready_0", "ready_1")
     started.process.kill()
     started.process.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANGS_S
     while started.processes():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -276,12 +287,13 @@ def test_ranks_die_with_a_killed_supervisor(run: Callable[..., Run]) -> None:
 
 def test_shared_memory_of_this_run_only_is_removed() -> None:
     ours = ["-tp:0-[0-1]-cpushm_0", "-tp:0-[0-1]-cpushm_1"]
-    names = [f"45678{ours[0]}", f"r1z_45678{ours[1]}", f"145678{ours[0]}", f"45679{ours[0]}", f"456780{ours[0]}"]
+    port = random.randrange(100_000, 10_000_000)  # of nobody
+    names = [f"{port}{ours[0]}", f"r1z_{port}{ours[1]}", f"1{port}{ours[0]}", f"{port + 1}{ours[0]}", f"{port}0{ours[0]}"]
     folder = Path("/dev/shm")
     try:
         for name in names:
             (folder / name).touch(exist_ok=False)
-        assert sorted(supervisor.remove_shared_memory(45678)) == sorted(names[:2])
+        assert sorted(supervisor.remove_shared_memory(port)) == sorted(names[:2])
         assert [name for name in names if (folder / name).exists()] == names[2:]
     finally:
         for name in names:
@@ -297,7 +309,7 @@ def test_shared_memory_is_abandoned_when_it_is_old_and_nobody_has_it_mapped(tmp_
         for path in (old, mapped):
             os.utime(path, (0, 0))
         with mapped.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-            assert old.name in supervisor.remove_abandoned_shared_memory()
+            supervisor.remove_abandoned_shared_memory()  # or another run at the same moment
             assert [path.exists() for path in (old, mapped, new)] == [False, True, True]
     finally:
         for path in (old, mapped, new):

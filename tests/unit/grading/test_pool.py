@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ def make():
     return handle
 
 def make_slowly():
-    time.sleep(1.0)
+    time.sleep(4.0)
     return handle
 
 def make_nothing():
@@ -45,6 +44,9 @@ def handle(task):
     if kind == "sleep":
         time.sleep(value)
         return value
+    if kind == "interrupt":
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(value)
     if kind == "spin":
         return 9 ** 9 ** 9 ** 9
     if kind == "bloat":
@@ -61,6 +63,8 @@ def handle(task):
         return sorted(name for name in ("torch", "vllm", "megatron", "numpy") if name in sys.modules)
 """
 Pool = WorkerPool[Any, Any]
+LIMIT_S = 3.0
+"""Where a task goes over it: far above what the others take on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def make_pool(tasks: Any) -> Iterator[Callable[..., Pool]]:
     pools: list[Pool] = []
 
-    def make(num_workers: int = 1, timeout_s: float = 0.5, setup: str = "make", **options: Any) -> Pool:
+    def make(num_workers: int = 1, timeout_s: float = LIMIT_S, setup: str = "make", **options: Any) -> Pool:
         pools.append(WorkerPool(getattr(tasks, setup), num_workers, timeout_s, **options))
         return pools[-1]
 
@@ -103,18 +107,16 @@ def test_order_is_kept_and_workers_start_on_demand(make_pool: Callable[..., Pool
 
 
 def test_a_hanging_task_is_killed_and_the_others_are_done(make_pool: Callable[..., Pool]) -> None:
-    pool = make_pool(num_workers=2, timeout_s=0.5)
+    pool = make_pool(num_workers=2)
     pool.run([("echo", 0)] * 20)
-    start = time.monotonic()
     outcomes = pool.run([("spin", 0), *[("echo", number) for number in range(50)]])
     assert _kinds(outcomes) == ["timeout"] + ["done"] * 50
     assert [outcome.result for outcome in outcomes[1:]] == list(range(50))
-    assert time.monotonic() - start < 5  # the limit, and room for a busy machine
 
 
 def test_the_limit_is_of_one_task_not_of_its_batch(make_pool: Callable[..., Pool]) -> None:
-    """Sixteen tasks are three batches, each over the limit as a whole."""
-    outcomes = make_pool(num_workers=1, timeout_s=0.6).run([("sleep", 0.2)] * 16)
+    """Sixteen tasks are three batches or more, the first over the limit as a whole."""
+    outcomes = make_pool(num_workers=1).run([("sleep", 0.5)] * 16)
     assert _kinds(outcomes) == ["done"] * 16
 
 
@@ -124,7 +126,7 @@ def test_hanging_and_dying_tasks_within_batches_cost_no_other_its_result(make_po
         kinds[place] = "die"
     for place in (3, 41):
         kinds[place] = "spin"
-    outcomes = make_pool(num_workers=2, timeout_s=0.5).run([(kind, place) for place, kind in enumerate(kinds)])
+    outcomes = make_pool(num_workers=2).run([(kind, place) for place, kind in enumerate(kinds)])
     expected = {"echo": "done", "die": "error", "spin": "timeout"}
     assert _kinds(outcomes) == [expected[kind] for kind in kinds]
     assert [outcome.result for outcome in outcomes] == [place if kind == "echo" else None for place, kind in enumerate(kinds)]
@@ -146,7 +148,7 @@ def test_a_bloated_task_is_an_error(make_pool: Callable[..., Pool]) -> None:
 
 
 def test_start_up_time_is_not_on_the_limit_of_a_task(make_pool: Callable[..., Pool]) -> None:
-    assert _kinds(make_pool(timeout_s=0.5, setup="make_slowly").run([("echo", 1)])) == ["done"]
+    assert _kinds(make_pool(setup="make_slowly").run([("echo", 1)])) == ["done"]
 
 
 def test_a_failing_setup_is_raised_after_a_few_tries(make_pool: Callable[..., Pool]) -> None:
@@ -185,11 +187,8 @@ def python_sigint() -> Iterator[None]:
 def test_an_interrupted_run_leaves_no_stale_answers(make_pool: Callable[..., Pool], python_sigint: None) -> None:
     pool = make_pool(timeout_s=20)
     pool.run([("echo", 0)])
-    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
     with pytest.raises(KeyboardInterrupt):
-        pool.run([("sleep", 1.0)])
-    interrupt.join()
+        pool.run([("interrupt", 1.0)])
     assert pool.worker_pids == ()
     assert pool.run([("echo", "new")])[0].result == "new"
 
@@ -226,7 +225,7 @@ def _worker_pid(pool: Pool) -> int:
 
 def _until_gone(pid: int) -> None:
     """Wait until the process has ended (a zombie has)."""
-    for _ in range(100):
+    for _ in range(1200):
         try:
             state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         except FileNotFoundError:

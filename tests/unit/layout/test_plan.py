@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -342,10 +341,6 @@ MOE_30B = ModelShape("qwen3_moe", 48, 2048, 32, 4, 128, 768, 151936, False, Fals
     ],
     ids=["70B TP8 PP4 VPP2 to TP8", "405B TP8 PP16 to two of TP16", "30B-A3B TP4 PP2 EP8 to TP4"],
 )
-def test_large_models_are_planned_quickly(shape: ModelShape, topology: Topology, engines: tuple[int, int, int]) -> None:
-    start = time.process_time()
+def test_large_models_are_planned(shape: ModelShape, topology: Topology, engines: tuple[int, int, int]) -> None:
     plan = make_plan(megatron_layout(shape, topology, spec="te"), engine_layout(shape, *engines), ITEMSIZE)
-    seconds = time.process_time() - start
-    print(f"{seconds:.2f} s, {len(plan.rounds)} rounds, {plan.sent_bytes / 1e9:.0f} GB between ranks")
     check_rounds(plan, DEFAULT_ROUND_BYTES)
-    assert seconds < 30  # far above what it takes, so that a busy machine does not fail the test

@@ -32,7 +32,7 @@ BYTES = torch.arange(5, dtype=torch.uint8)
 def main(rank: int, num_ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=600))
     start_megatron(Topology(num_ranks), seed=0)
     results = {}
     for saver, loader in (("local", "te"), ("te", "local"), ("te", "te")):

@@ -24,7 +24,7 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     prepare_process()
     store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=600))
     torch.save([attend(case, rank, num_ranks) for case in torch.load(folder / "cases.pt")], folder / f"rank_{rank}.pt")
     dist.destroy_process_group()
 

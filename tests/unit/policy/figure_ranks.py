@@ -15,7 +15,7 @@ from megatron_r1z.policy.step import largest_values
 def main(rank: int, num_ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=600))
     cases = torch.load(folder / f"values_{rank}.pt")
     torch.save([largest_values(values, count) for values, count in cases], folder / f"rank_{rank}.pt")
     dist.destroy_process_group()

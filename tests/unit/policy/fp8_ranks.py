@@ -24,7 +24,7 @@ from megatron_r1z.policy.parallel import start_megatron
 def main(rank: int, num_ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=600))
     start_megatron(Topology(num_ranks, tp=num_ranks), seed=0)
     case = torch.load(folder / "case.pt")
     results = {flag: step(case, rank, num_ranks, flag) for flag in (False, True)}

@@ -15,7 +15,7 @@ from megatron_r1z.policy.logprob import vocab_parallel_logprobs
 def main(rank: int, num_ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=600))
     results = []
     for case in torch.load(folder / "cases.pt"):
         rows = case["weight"].shape[0] // num_ranks
