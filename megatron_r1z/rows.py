@@ -228,14 +228,14 @@ def _scan_jsonl(stream: BinaryIO, path: Path) -> Iterator[Row]:
 def read_row(index: int, where: str, line: bytes) -> Row:
     """A line of JSONL; one that is no JSON object is a `MalformedRow`."""
     try:
-        return _make_row(index, where, _read_json(line, where, "line"))
+        return _make_row(index, where, _read_json(line, where, "line"), "line")
     except DataError as error:
         return MalformedRow(index, where, {}, str(error))
 
 
-def _make_row(index: int, where: str, value: Any) -> Row:
+def _make_row(index: int, where: str, value: Any, unit: str) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: each row must be a JSON object, not {type(value).__name__}.")
+        raise DataError(f"{where}: each {unit} must be a JSON object, not {type(value).__name__}.")
     return Row(index, where, value)
 
 
@@ -282,7 +282,7 @@ def _scan_json(stream: BinaryIO, path: Path) -> Iterator[Row]:
     for index, value in enumerate(_read_json(text, str(path), "file")):
         where = f"{path}: row {index}"
         try:
-            yield _make_row(index, where, value)
+            yield _make_row(index, where, value, "entry")
         except DataError as error:
             yield MalformedRow(index, where, {}, str(error))
 

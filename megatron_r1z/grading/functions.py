@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_r1z.config import GradingConfig
 from megatron_r1z.errors import DataError
 from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
 
@@ -84,7 +85,7 @@ class FunctionPool:
         self._pool.close()
 
 
-def check_reward_function(function: str, timeout_s: float, answers: tuple[str, ...] = ("5",)) -> None:
+def check_reward_function(function: str, timeout_s: float = GradingConfig.timeout_s, answers: tuple[str, ...] = ("5",)) -> None:
     """Load `path.py:name` and call it in a worker, so that a mistake shows before a run starts; `answers` are those of some question.
 
     Raises:

@@ -181,7 +181,10 @@ class TestQuestions:
         [
             ("empty.jsonl", r"empty\.jsonl holds no questions\."),
             ("missing.jsonl", r"there is no file .*missing\.jsonl"),
-            ("table.csv", r"cannot tell the format of .*table\.csv; use a file that ends in \.jsonl or \.parquet"),
+            *(
+                (name, f"cannot tell the format of .*{name}; use a file that ends in .jsonl, .json, .csv, .parquet ")
+                for name in ("table.tsv", "table.xlsx", "rows.jsonl.zst", "rows.txt", "rows", "rows.gz", "rows.parquet.gz")
+            ),
         ],
     )
     def test_unusable_files(self, tmp_path: Path, name: str, message: str) -> None:
