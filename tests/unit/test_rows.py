@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1z.config import QuestionSource
@@ -306,6 +306,7 @@ TREES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text("ab.", min_size=1, max_size=3), TREES, max_size=4))
 def test_every_column_that_is_named_can_be_reached(values: dict[str, Any]) -> None:
     row = Row(0, "q.jsonl:1", values)
@@ -315,6 +316,7 @@ def test_every_column_that_is_named_can_be_reached(values: dict[str, Any]) -> No
         assert find(values, name) is values[name]
 
 
+@settings(deadline=None)
 @given(st.text() | st.text(st.characters(categories=["Cs", "Ll"])))
 def test_what_utf_8_cannot_hold_is_what_has_a_lone_surrogate(text: str) -> None:
     escaped = json.loads(json.dumps(text))
