@@ -276,6 +276,8 @@ def _stop_strings(config: TrainConfig | EvaluateConfig, tokenizer: Any) -> tuple
 def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | EvaluateConfig) -> None:
     for item in sets:
         log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
+        for remark in item.remarks:
+            log.say(f"warning: {item.name}: {remark}")
 
 
 def _say_precision(log: Console, config: TrainConfig | PretrainConfig) -> None:

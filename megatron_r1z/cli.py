@@ -1,5 +1,7 @@
 """The command line. Exit status: 0 success, 1 a run that failed, 2 a mistake that the user can put right, 130 stopped by a signal.
 
+A command that only prints ends with 141 when the reader of its output has gone, as other tools do; one that runs something goes on.
+
 `train`, `pretrain`, `evaluate`, `analyse` and `convert` start their ranks themselves; under torchrun the same command is one rank.
 """
 
@@ -14,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -33,16 +36,18 @@ from megatron_r1z.config import (
     load_config,
 )
 from megatron_r1z.cost.plan_run import PROMPT_TOKENS, RESPONSE_SHARE, plan_run
-from megatron_r1z.cost.report import refusal, render, render_search
+from megatron_r1z.cost.report import Report, refusal, render, render_search
 from megatron_r1z.cost.search import enough_ranks, nearest, search
 from megatron_r1z.errors import ConfigError, MissingExtraError, R1ZError, UsageError
 from megatron_r1z.folders import Kind
-from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, make_plan_report, render_plan
+from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, PlanReport, make_plan_report, render_plan
+from megatron_r1z.streams import READER_GONE, lead_nowhere, outlive_readers, reader_is_gone
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
 
 if TYPE_CHECKING:
     from megatron_r1z.assemble import Weights
     from megatron_r1z.convert import Conversion
+    from megatron_r1z.data_report import DataReport
     from megatron_r1z.loop import Run
     from megatron_r1z.pretrain import Pretraining
 
@@ -77,8 +82,25 @@ EXAMPLES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return _main(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        lead_nowhere(1)  # what is left in the buffer, which the interpreter flushes at its end
+        return READER_GONE
+
+
+def _main(arguments: list[str]) -> int:
     options = _parse(arguments)
+    if options.command not in (_grade, _data, _plan, _doctor) or None in (sys.stdout, sys.stderr):
+        outlive_readers()  # a run is not lost because a pager was closed
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to fail
     if options.folder is not None:
         os.chdir(options.folder)
         arguments = arguments[2 if arguments[0] == "-C" else 1 :]  # for ranks, which are started in that folder
@@ -90,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"megatron-r1z: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        return STOPPED
     except ModuleNotFoundError as error:  # a base installation, asked for more than planning
         module = error.name or ""
         if options.debug or module.split(".")[0] == "megatron_r1z":
@@ -311,10 +337,15 @@ def _data(options: argparse.Namespace, _arguments: list[str]) -> int:
     from megatron_r1z.data_report import make_report, render
 
     report = make_report(load_config(TrainConfig, options.config, options.overrides))
+    _write_json(options.json, report)
     print(render(report))
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _write_json(path: str | None, report: DataReport | PlanReport | Report) -> None:
+    """Write a report where `--json` asks for it; before it is printed, since the reader of standard output may go away."""
+    if path is not None:
+        Path(path).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
 
 
 def _grade(options: argparse.Namespace, _arguments: list[str]) -> int:
@@ -326,7 +357,9 @@ def _grade(options: argparse.Namespace, _arguments: list[str]) -> int:
     comparer = Comparer(settings.mode, settings.workers, settings.timeout_s)
     try:
         comparer.self_test()
-        counts = grade_lines(sys.stdin, sys.stdout, comparer, EXTRACTORS[options.reward])
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # which JSON is in, whatever the terminal's language
+        counts = grade_lines(sys.stdin.buffer, sys.stdout, comparer, EXTRACTORS[options.reward])
     finally:
         comparer.close()
     print(", ".join(f"{count} {kind.value}" for kind, count in counts.items() if count) or "no rows", file=sys.stderr)
@@ -346,9 +379,8 @@ def _plan(options: argparse.Namespace, _arguments: list[str]) -> int:
         network_gbs=options.network_gbs,
     )
     report = make_plan_report(options.model, options.source, options.destination, ITEMSIZE[options.dtype], machine)
+    _write_json(options.json, report)
     print(render_plan(report))
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -399,6 +431,7 @@ def _launch_sweep(options: argparse.Namespace, cells: list[sweep.Cell]) -> None:
 def _plan_run(options: argparse.Namespace) -> int:
     report = plan_run(options.config, options.overrides, options.cluster, options.prompt_tokens, options.response_tokens)
     cost = report.cost
+    _write_json(options.json, report)
     if options.search:
         found = search(cost)
         if found:
@@ -406,8 +439,6 @@ def _plan_run(options: argparse.Namespace) -> int:
     else:
         found = []
         print(render(report))
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
     if cost.cluster is not None and not found and cost.shortfall() is not None:
         near = nearest(cost)
         raise ConfigError(refusal(cost, near, enough_ranks(cost) if near is None else None))

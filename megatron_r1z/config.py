@@ -201,7 +201,7 @@ class RowSource:
     """One file, or one dataset of the Hugging Face Hub, and which of its rows to use."""
 
     path: str | None = None
-    """File name; `.jsonl` or `.parquet`. Either this or `dataset`."""
+    """File name; `.jsonl`, `.json`, `.csv` (these also `.gz`) or `.parquet`. Either this or `dataset`."""
     dataset: str | None = None
     """Instead of `path`: a name on the Hugging Face Hub such as `openai/gsm8k`, or a folder that holds a dataset."""
     subset: str | None = None
@@ -254,12 +254,13 @@ class RowSource:
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionSource(RowSource):
-    """One question file (JSONL or Parquet) or one dataset of the Hugging Face Hub."""
+    """One question file or one dataset of the Hugging Face Hub."""
 
     problem_column: str = "problem"
-    """Column of the question."""
+    """Column of the question: text, or messages of which the user's last one is the question. `a.b` is `b` inside the column `a`."""
     answer_column: str = "answer"
-    """Column of the answer: text, a number, or a list of which any is right."""
+    """Column of the answer: text, a number, or a list of which any is right. Where a row has neither default column, `prompt` and
+    `reward_model.ground_truth` take their place."""
     answer_after: str | None = None
     """The answer is what follows the last occurrence of this text, such as `"####"` (quoted, as YAML takes # for a comment)."""
 
@@ -276,7 +277,7 @@ class TextSource(RowSource):
     """One file of text (JSONL, Parquet or megatron-core's token ids) or one dataset of the Hugging Face Hub."""
 
     path: str | None = None
-    """File name; `.jsonl`, `.parquet`, or the `.idx` of an indexed dataset of megatron-core (with its `.bin` beside it), of which
+    """File name; as of questions, or the `.idx` of an indexed dataset of megatron-core (with its `.bin` beside it), of which
     `offset` and `limit` choose documents. Either this or `dataset`."""
     text_column: str = "text"
     """Column of a plain text; read where a row has neither of the other two."""

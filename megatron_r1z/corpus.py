@@ -238,7 +238,7 @@ def _iterate_pairs(source: TextSource, loss_on: str) -> Iterator[tuple[str, str]
 def _split_row(row: Row, source: TextSource, loss_on: str) -> tuple[str, str]:
     """Prompt and response of a row; the prompt of a row of plain text is empty."""
     columns = (source.prompt_column, source.response_column)
-    if any(column in row.values for column in columns):
+    if any(map(row.has, columns)):
         return row.get_text(columns[0]), row.get_text(columns[1])
     if loss_on == "response":
         raise DataError(

@@ -18,6 +18,7 @@ from megatron_r1z.prompts import (
     Question,
     QuestionSet,
     Tokenizer,
+    find_remarks,
     load_tokenizer,
     make_prompts,
     make_template,
@@ -75,6 +76,8 @@ class SourceReport:
     """Used questions by the kind of their answer: integer, number, text, several."""
     faults: tuple[str, ...]
     """The first unfit rows: place and what is wrong."""
+    remarks: tuple[str, ...]
+    """What one would not expect of the fit ones, see `prompts.find_remarks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,7 @@ class _Reader:
             lengths=_make_lengths(lengths) if lengths else None,
             answers=Counter(map(_answer_kind, used)),
             faults=tuple(reading.faults[:MAX_FAULTS]),
+            remarks=find_remarks(reading.questions, self._template, self._tokenizer),
         )
         self.reports.append(report)
         if role == "training":
@@ -216,6 +220,9 @@ def render(report: DataReport) -> str:
         if item.faults:
             shown = f"the first {len(item.faults)} of {item.num_unfit}" if item.num_unfit > len(item.faults) else str(item.num_unfit)
             lines += ["", f"unfit rows of {item.name} ({shown}); train refuses to start", *(f"  {fault}" for fault in item.faults)]
+        elif not item.num_used:
+            lines += ["", f"no question of {item.name} is used; train refuses to start"]
+        lines += [line for remark in item.remarks for line in ("", f"{item.name}: {remark}")]
     if report.leaks:
         lines += ["", "evaluation questions that are also trained on"]
         lines += [line for leak in report.leaks for line in _render_leak(leak)]

@@ -11,7 +11,7 @@ from megatron_r1z.errors import DataError
 from megatron_r1z.grading.answers import Extraction
 from megatron_r1z.grading.comparer import Comparer
 from megatron_r1z.grading.grader import make_verdict
-from megatron_r1z.rows import MalformedRow, read_row
+from megatron_r1z.rows import MalformedRow, Row, has_lone_surrogate, parse_answers, read_row
 from megatron_r1z.types import FinishReason, Verdict, VerdictKind
 
 CHUNK_ROWS = 256
@@ -26,7 +26,7 @@ class _Item:
     is_truncated: bool
 
 
-def grade_lines(lines: Iterable[str], output: TextIO, comparer: Comparer, extract: Callable[[str], Extraction]) -> dict[VerdictKind, int]:
+def grade_lines(lines: Iterable[bytes], output: TextIO, comparer: Comparer, extract: Callable[[str], Extraction]) -> dict[VerdictKind, int]:
     """Write each JSON object of `lines` with `verdict` and `reward` added; returns how often each verdict was given.
 
     A row has `answer`, or `response`, in which `extract` looks for the answer (then `extracted` is added too); and `reference`, or
@@ -34,7 +34,8 @@ def grade_lines(lines: Iterable[str], output: TextIO, comparer: Comparer, extrac
     `truncated`.
 
     Raises:
-        DataError: a line is not such an object; the verdicts on the lines before it have been written.
+        DataError: a line is not such an object, or its reference is nothing that an answer can equal (`rows.parse_answers`); the verdicts
+            on the lines before it have been written.
     """
     counts = dict.fromkeys(VerdictKind, 0)
     chunk: list[_Item] = []
@@ -44,30 +45,32 @@ def grade_lines(lines: Iterable[str], output: TextIO, comparer: Comparer, extrac
             if len(chunk) == CHUNK_ROWS:
                 _grade(chunk, output, comparer, counts)
                 chunk = []
-    finally:
+    except DataError:
         _grade(chunk, output, comparer, counts)
+        raise
+    _grade(chunk, output, comparer, counts)
     return counts
 
 
-def _read(lines: Iterable[str], extract: Callable[[str], Extraction]) -> Iterator[_Item]:
+def _read(lines: Iterable[bytes], extract: Callable[[str], Extraction]) -> Iterator[_Item]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            row = read_row(number, f"line {number}", line.encode())
+            row = read_row(number, f"line {number}", line)
             if isinstance(row, MalformedRow):
                 raise DataError(row.fault)
-            yield _make_item(row.values, row.where, extract)
+            yield _make_item(row, extract)
 
 
-def _make_item(row: dict[str, Any], where: str, extract: Callable[[str], Extraction]) -> _Item:
-    text = row.get("answer", row.get("response"))
+def _make_item(row: Row, extract: Callable[[str], Extraction]) -> _Item:
+    given = next((name for name in ("answer", "response") if row.has(name)), None)
+    text = None if given is None else row.get(given)
     if not isinstance(text, str):
-        raise DataError(f"{where}: a row needs 'answer' or 'response' as text; its columns are {', '.join(map(repr, row)) or 'none'}.")
-    value = row.get("reference", row.get("answers"))
-    references = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in references):
-        raise DataError(f"{where}: 'reference' (or 'answers') must be text, a number or a list of them, not {value!r}.")
-    is_truncated = row.get("finish_reason", FinishReason.STOP.value) != FinishReason.STOP.value
-    return _Item(row, Extraction(True, text) if "answer" in row else extract(text), tuple(map(str, references)), is_truncated)
+        names = ", ".join(map(repr, row.values))
+        raise DataError(f"{row.where}: a row needs 'answer' or 'response' as text; its columns are {names or 'none'}.")
+    column = "answers" if row.has("answers") and not row.has("reference") else "reference"
+    references = parse_answers(row.get(column), row.where, column)
+    is_truncated = row.values.get("finish_reason", FinishReason.STOP.value) != FinishReason.STOP.value
+    return _Item(row.values, Extraction(True, text) if given == "answer" else extract(text), references, is_truncated)
 
 
 def _grade(chunk: Sequence[_Item], output: TextIO, comparer: Comparer, counts: dict[VerdictKind, int]) -> None:
@@ -83,7 +86,10 @@ def _grade(chunk: Sequence[_Item], output: TextIO, comparer: Comparer, counts: d
         verdict = truncated if item.is_truncated else make_verdict(item.extraction, item.references, judged)
         counts[verdict.kind] += 1
         extracted = {} if "answer" in item.row else {"extracted": answer}
-        output.write(
-            json.dumps(item.row | extracted | {"verdict": verdict.kind.value, "reward": verdict.reward}, ensure_ascii=False) + "\n"
-        )
+        output.write(_to_line(item.row | extracted | {"verdict": verdict.kind.value, "reward": verdict.reward}))
     output.flush()
+
+
+def _to_line(row: dict[str, Any]) -> str:
+    """The row as JSON: characters as they are, or escaped where a column that is not looked at has some that no file can hold."""
+    return json.dumps(row, ensure_ascii=has_lone_surrogate(row)) + "\n"

@@ -61,7 +61,12 @@ def grading_warning(metrics: Metrics) -> str | None:
     if sum(given_up.values()) <= MAX_UNGRADED_SHARE:
         return None
     shares = ", ".join(f"{kind.value} {share:.1%}" for kind, share in given_up.items())
-    return f"warning: {shares} of the responses, which have reward 0 whatever they hold; raise grading.timeout_s (docs/grading.md)."
+    advice = {
+        VerdictKind.TIMEOUT: "raise grading.timeout_s",
+        VerdictKind.ERROR: "see the first error of the reward function above, or whether the grader's workers run out of memory",
+    }
+    what = "; ".join(advice[kind] for kind, share in given_up.items() if share)
+    return f"warning: {shares} of the responses, which have reward 0 whatever they hold; {what} (docs/grading.md)."
 
 
 def update_metrics(stats: UpdateStats) -> Metrics:

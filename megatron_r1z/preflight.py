@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_r1z.analysis.examine import read_levels
-from megatron_r1z.analysis.judge import read_key
+from megatron_r1z.analysis.judge import make_sender, read_key
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
@@ -25,7 +25,7 @@ from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
 from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
 from megatron_r1z.model_checks import check_dense, check_layers, check_lengths
-from megatron_r1z.prompts import load_question_sets, load_tokenizer, make_template
+from megatron_r1z.prompts import QuestionSet, load_question_sets, load_tokenizer, make_template
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM 0.32's CPU attention computes (its list, and 48, which was measured to work)."""
@@ -57,7 +57,9 @@ def check_train(config: TrainConfig) -> list[str]:
     """
     require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify"))
     _check_sampling(config, _check_model(config))
-    return leak_warnings(load_question_sets(config.data.train), load_question_sets(config.evaluation.sets))
+    train, evaluation = load_question_sets(config.data.train), load_question_sets(config.evaluation.sets)
+    _check_questions(config, [*train, *evaluation])
+    return leak_warnings(train, evaluation)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
@@ -70,7 +72,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     shape = load_shape(config.model.path)
     _check_weights(config, shape)
     _check_sampling(config, shape)
-    load_question_sets(config.evaluation.sets)
+    _check_questions(config, load_question_sets(config.evaluation.sets))
     _check_same(config, WITHOUT_EFFECT_ON_RESPONSES)
 
 
@@ -83,12 +85,17 @@ def check_analyse(config: AnalyseConfig) -> None:
     judge = config.analysis.judge
     own = ("openai",) if judge.url is not None else ()
     require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify", *own))
-    read_key(judge.api_key_env)
+    if judge.url is None:
+        read_key(judge.api_key_env)
+    else:
+        make_sender(judge)
     shape = load_shape(config.model.path)
     _check_weights(config, shape)
-    for template in config.analysis.templates:
-        _check_sampling(config.evaluation(template, config.analysis.temperatures[0]), shape)
     (questions,) = load_question_sets([config.analysis.questions])
+    for template in config.analysis.templates:
+        evaluation = config.evaluation(template, config.analysis.temperatures[0])
+        _check_sampling(evaluation, shape)
+        _check_questions(evaluation, [questions])
     read_levels(config.analysis.questions, config.analysis.level_column, {item.question_id: item for item in questions.questions})
     _check_same(config, WITHOUT_EFFECT_IN_ANALYSES)
 
@@ -205,9 +212,18 @@ def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> 
     _check_head_size(shape)
     check_lengths(config, shape)
     make_template(config.data, load_tokenizer(config.model.path))
+
+
+def _check_questions(config: TrainConfig | EvaluateConfig, sets: Sequence[QuestionSet]) -> None:
+    """That the template takes every conversation, and that reward functions work on one of the questions."""
+    template = make_template(config.data, load_tokenizer(config.model.path))
+    questions = [question for item in sets for question in item.questions]
+    for question in questions:
+        if question.messages:
+            template.put(question)
     for function in [config.grading.function, *(item.function for item in config.grading.extra)]:
         if function is not None:
-            check_reward_function(function)
+            check_reward_function(function, config.grading.timeout_s, questions[0].answers)
 
 
 def _check_fp8_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:

@@ -5,21 +5,21 @@ Standard library only; transformers, pyarrow and datasets are imported where a t
 
 from __future__ import annotations
 
-import math
 import reprlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_r1z.config import DataConfig, QuestionSource, RowSource
 from megatron_r1z.errors import DataError, MissingExtraError
 from megatron_r1z.order import SeededStream
-from megatron_r1z.rows import Row, is_one_of, matches, scan_rows
+from megatron_r1z.rows import Row, is_one_of, matches, parse_answers, scan_rows, split_suffixes
 from megatron_r1z.types import Prompt
 
 PLACEHOLDER = "{question}"
+SYSTEM, USER = "system", "user"
+"""Roles of messages."""
 
 TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
     "r1": (
@@ -41,6 +41,11 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
 FEW_SHOT_STOP = ("\n",)
 """The shots answer in one line, so the response ends with it."""
 
+DEFAULT_COLUMNS = (QuestionSource.problem_column, QuestionSource.answer_column)
+MESSAGES_COLUMNS = ("prompt", "reward_model.ground_truth")
+"""Question and answer in the layout of verl, which most data sets for reinforcement learning have: a file with these columns and without
+the default ones needs no column names."""
+
 
 class Tokenizer(Protocol):
     """What this package needs of a transformers tokenizer."""
@@ -57,6 +62,14 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """One row of a question file or a dataset.
 
@@ -70,6 +83,10 @@ class Question:
     answers: tuple[str, ...]
     """Any of them is right."""
     source: str
+    messages: tuple[Message, ...] = ()
+    """Where the row holds a conversation: all of it, its last turn being `problem`."""
+    where: str = field(default="", compare=False)
+    """File and line, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +119,32 @@ class Template:
     """From the question to the text of the prompt."""
     add_special_tokens: bool = True
     """Let the tokenizer add its own (BOS); False where the text holds them already."""
+    render_messages: Callable[[Sequence[Message]], str] | None = None
+    """The same from a conversation, all but its system turn as it is; None where its last turn is put like any other question."""
+    keeps_system: bool = False
+    """Whether the system turn of a conversation is kept."""
+
+    def put(self, question: Question) -> str:
+        """The text of the prompt.
+
+        Raises:
+            DataError: the chat template does not take the conversation; the message names file and line.
+        """
+        if not question.messages or self.render_messages is None:
+            return self.render(question.problem)
+        try:
+            return self.render_messages(question.messages)
+        except Exception as error:  # Jinja's own, such as for roles that do not alternate
+            raise DataError(
+                f"{question.where}: template {self.name}: the tokenizer's chat template does not take these messages "
+                f"({' '.join(str(error).split())})."
+            ) from error
+
+    def num_dropped_turns(self, question: Question) -> int:
+        """Turns of the question's conversation that the prompt does not show."""
+        if self.render_messages is None:
+            return max(0, len(question.messages) - 1)
+        return 0 if self.keeps_system else sum(message.role == SYSTEM for message in question.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +156,8 @@ class PromptSet:
     weight: float
     num_dropped: int
     """Questions left out because their prompt is longer than the limit."""
+    remarks: tuple[str, ...] = ()
+    """See `find_remarks`."""
 
 
 class PromptStream(SeededStream[Prompt]):
@@ -160,17 +205,21 @@ def _make_text_template(name: str, text: str, stop: tuple[str, ...]) -> Template
 
 
 def _make_chat_template(system_prompt: str | None, tokenizer: Tokenizer) -> Template:
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    system = () if system_prompt is None else (Message(SYSTEM, system_prompt),)
+
+    def render_messages(messages: Sequence[Message]) -> str:
+        turns = [*system, *(message for message in messages if message.role != SYSTEM or not system)]
+        conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
 
     def render(question: str) -> str:
-        turns = [*system, {"role": "user", "content": question}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return render_messages([Message(USER, question)])
 
     try:
         render("1 + 1")
     except Exception as error:  # a missing template raises ValueError, one that refuses system turns raises Jinja's own errors
         raise DataError(f"template chat: the tokenizer cannot apply its chat template ({' '.join(str(error).split())}).") from error
-    return Template("chat", (), render, add_special_tokens=False)
+    return Template("chat", (), render, add_special_tokens=False, render_messages=render_messages, keeps_system=not system)
 
 
 def _load_shots(path: str) -> str:
@@ -246,19 +295,46 @@ def explain_filter(source: RowSource, at_most: int = 10) -> str:
 
 
 def _make_question(row: Row, source: QuestionSource, name: str) -> Question:
-    problem = row.get_text(source.problem_column)
-    return Question(f"{name}/{row.index}", problem, _parse_answers(row, source), name)
+    problem_column, answer_column = _columns_of(row, source)
+    messages: tuple[Message, ...] = ()
+    if isinstance(row.get(problem_column), list):
+        messages = _parse_messages(row.get(problem_column), row.where, problem_column)
+    problem = messages[-1].content if messages else row.get_text(problem_column)
+    return Question(f"{name}/{row.index}", problem, _find_answers(row, answer_column, source.answer_after), name, messages, row.where)
 
 
-def _parse_answers(row: Row, source: QuestionSource) -> tuple[str, ...]:
-    value, column = row.get(source.answer_column), source.answer_column
-    entries = value if isinstance(value, list) else [value]
-    if source.answer_after is not None:
-        entries = [_cut_answer(entry, source.answer_after, row, column) for entry in entries]
-    answers = tuple(_parse_answer(entry, row, column) for entry in entries)
-    if not answers:
-        raise DataError(f"{row.where}: '{column}' is an empty list; remove the row or fill it in.")
-    return answers
+def _columns_of(row: Row, source: QuestionSource) -> tuple[str, str]:
+    """Where the row has its question and its answer; names that were given are taken as they are."""
+    columns = (source.problem_column, source.answer_column)
+    if columns == DEFAULT_COLUMNS and not any(map(row.has, DEFAULT_COLUMNS)) and all(map(row.has, MESSAGES_COLUMNS)):
+        return MESSAGES_COLUMNS
+    return columns
+
+
+def _parse_messages(value: Sequence[Any], where: str, column: str) -> tuple[Message, ...]:
+    """The turns of a conversation that ends with the user's."""
+    messages = []
+    for number, item in enumerate(value):
+        role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(
+                f"{where}: '{column}' must be text or messages with a 'role' and a 'content' of text each; entry {number} is "
+                f"{reprlib.repr(item)}."
+            )
+        messages.append(Message(role, content))
+    if not messages or messages[-1].role != USER:
+        last = f"of role '{messages[-1].role}'" if messages else "missing"
+        raise DataError(f"{where}: the last message of '{column}' is {last}; the question must be one of role '{USER}', and stand there.")
+    if not messages[-1].content.strip():
+        raise DataError(f"{where}: the last message of '{column}' is empty; remove the row or fill it in.")
+    return tuple(messages)
+
+
+def _find_answers(row: Row, column: str, answer_after: str | None) -> tuple[str, ...]:
+    value = row.get(column)
+    if answer_after is not None:
+        value = [_cut_answer(entry, answer_after, row, column) for entry in (value if isinstance(value, list) else [value])]
+    return parse_answers(value, row.where, column)
 
 
 def _cut_answer(value: Any, marker: str, row: Row, column: str) -> str:
@@ -267,26 +343,19 @@ def _cut_answer(value: Any, marker: str, row: Row, column: str) -> str:
     return value.rpartition(marker)[2].strip()
 
 
-def _parse_answer(value: Any, row: Row, column: str) -> str:
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, str | float):
-        raise DataError(f"{row.where}: '{column}' has no answer ({value!r}); remove the row or fill it in.")
-    raise DataError(f"{row.where}: '{column}' must be text, a number or a list of them, not {value!r}.")
-
-
 def make_prompts(
     questions: Sequence[Question], template: Template, tokenizer: Tokenizer, max_prompt_tokens: int
 ) -> tuple[list[Prompt], int]:
     """Put the questions into the template and tokenise them as vLLM does; return the prompts and how many were too long.
 
-    Special tokens written in the template are parsed.
+    Special tokens written in the template are parsed; so are those in a question, of which `find_remarks` tells.
+
+    Raises:
+        DataError: the chat template does not take a conversation.
     """
     if not questions:
         return [], 0
-    texts = [template.render(question.problem) for question in questions]
+    texts = [template.put(question) for question in questions]
     tokenised = tokenizer(texts, add_special_tokens=template.add_special_tokens).input_ids
     prompts = [
         Prompt(question.question_id, text, tuple(token_ids), question.answers, question.source)
@@ -317,7 +386,48 @@ def _load_prompt_set(source: QuestionSource, name: str, template: Template, toke
             f"{source.label}: all {num_dropped} prompts are longer than data.max_prompt_tokens {max_prompt_tokens} "
             f"under template {template.name}; raise the limit."
         )
-    return PromptSet(name, prompts, source.weight, num_dropped)
+    return PromptSet(name, prompts, source.weight, num_dropped, find_remarks(questions, template, tokenizer))
+
+
+def find_remarks(questions: Sequence[Question], template: Template, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What a reader of the questions would not expect of their prompts: a sentence, without its full stop, on each.
+
+    Text that the tokenizer takes for a special token, such as the end of a turn, and turns of a conversation that are left out.
+    """
+    remarks = []
+    special = _special_tokens(tokenizer)
+    found = [(question, token) for question in questions if (token := _find_special(question, template, tokenizer, special)) is not None]
+    if found:
+        question, token = found[0]
+        remarks.append(
+            f"{len(found)} of {len(questions)} questions hold text that becomes a special token, the first {token!r} in {question.where}; "
+            "the model sees a control token there, so take it out unless it is meant"
+        )
+    cut = [(question, count) for question in questions if (count := template.num_dropped_turns(question))]
+    if cut:
+        num_turns = sum(count for _, count in cut)
+        kept = "data.system_prompt takes their place" if template.render_messages else "only the last user turn is the question"
+        remarks.append(
+            f"{num_turns} turns of {len(cut)} conversations are not shown under template {template.name}, the first in {cut[0][0].where}; "
+            f"{kept}"
+        )
+    return tuple(remarks)
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The special tokens that text can spell out, by id."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {number: token.content for number, token in added.items() if token.special and token.content}
+
+
+def _find_special(question: Question, template: Template, tokenizer: Tokenizer, special: Mapping[int, str]) -> str | None:
+    """The first special token that the tokenizer finds in the text of a question; None where there is none."""
+    shown = [message.content for message in question.messages] if template.render_messages and question.messages else [question.problem]
+    suspects = [text for text in shown if any(token in text for token in special.values())]
+    if not suspects:
+        return None
+    ids = (number for of_text in tokenizer(suspects, add_special_tokens=False).input_ids for number in of_text)
+    return next((special[number] for number in ids if number in special), None)
 
 
 def name_sources(sources: Sequence[RowSource]) -> list[str]:
@@ -337,7 +447,7 @@ def name_sources(sources: Sequence[RowSource]) -> list[str]:
 def _make_tails(source: RowSource) -> list[str]:
     """`c`, `b-c`, `a-b-c` for a/b/c.jsonl; `b`, `a-b`, `b-split`, `b-subset-split`, `a-b-subset-split` for the dataset a/b."""
     if source.path is not None:
-        return _join_tails(Path(source.path).with_suffix("").parts)
+        return _join_tails(Path(split_suffixes(source.path)[0]).parts)
     tails = _join_tails(Path(source.dataset or "").parts)
     rest = [source.split] if source.subset is None else [source.subset, source.split]
     return [*tails, *(f"{tail}-{'-'.join(rest[-depth:])}" for depth in range(1, len(rest) + 1) for tail in tails)]

@@ -325,7 +325,8 @@ class _StopRequests:
         now = time.monotonic()
         if not self.requested:
             self.first = now
-            os.write(2, b"stopping: the ranks save a checkpoint and end; a second signal ends them at once\n")
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                os.write(2, b"stopping: the ranks save a checkpoint and end; a second signal ends them at once\n")
         elif now - self.first >= _SECOND_SIGNAL_S:
             self.at_once = True
 

@@ -6,6 +6,7 @@ The questions, the categories and where a reply has its verdict are those of arX
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from megatron_r1z.analysis.examine import Inquiry, Task
 from megatron_r1z.config import JudgeConfig
@@ -99,11 +102,11 @@ def parse(task: Task, reply: str) -> int | None:
 
 
 def make_text(inquiry: Inquiry) -> str:
-    """What the judge reads."""
+    """What the judge reads; halves of characters, which no request can hold, as question marks."""
     task, question, response = inquiry
     before, _, rest = INSTRUCTIONS[task].partition("{question}")
     between, _, after = rest.partition("{response}")
-    return f"{before}{question}{between}{response}{after}"
+    return f"{before}{question}{between}{response}{after}".encode(errors="replace").decode()
 
 
 def key_of(inquiry: Inquiry, model: str, max_tokens: int) -> str:
@@ -151,14 +154,25 @@ def ask(
 
 
 def make_sender(config: JudgeConfig) -> Send:
-    """The way to the server that `config` names.
+    """The way to the server that `config` names: never through a proxy to this machine, and through that of the environment elsewhere.
 
     Raises:
-        ConfigError: the environment has no key.
+        ConfigError: the environment has no key, or names a proxy that cannot be used.
     """
-    from openai import APIConnectionError, APIStatusError, BadRequestError, OpenAI
+    from openai import APIConnectionError, APIStatusError, BadRequestError, DefaultHttpxClient, OpenAI
 
-    client = OpenAI(base_url=config.url, api_key=read_key(config.api_key_env), timeout=config.timeout_s, max_retries=config.retries)
+    url, key = config.url or "", read_key(config.api_key_env)
+    try:
+        proxy = find_proxy(url)
+        http = DefaultHttpxClient(trust_env=not is_this_machine(urlsplit(url).hostname or ""))
+    except (ValueError, ImportError) as error:
+        reason = _first_line(str(error)).rstrip(".")
+        raise ConfigError(
+            f"the judge at {url} cannot be asked ({reason}); check analysis.judge.url and the environment's proxies."
+        ) from error
+    client = OpenAI(base_url=url, api_key=key, timeout=config.timeout_s, max_retries=config.retries, http_client=http)
+    through = "" if proxy is None else f" through the proxy {proxy}"
+    past = "" if proxy is None else f"; no_proxy={urlsplit(url).hostname} in the environment goes past the proxy"
 
     def send(text: str) -> str | None:
         try:
@@ -168,16 +182,39 @@ def make_sender(config: JudgeConfig) -> Send:
         except BadRequestError:
             return None
         except APIStatusError as error:
-            reason = f"it answers with status {error.status_code} ({_first_line(error.message)})"
-            raise JudgeError(_sentence(config, reason, "check analysis.judge.url, model and api_key_env")) from error
+            reason = f"it answers{through} with status {error.status_code} ({_first_line(error.message)})"
+            raise JudgeError(_sentence(config, reason, "check analysis.judge.url, model and api_key_env" + past)) from error
         except APIConnectionError as error:
-            reason = f"{_first_line(str(error)).rstrip('.')} after {config.retries} repetitions"
-            raise JudgeError(
-                _sentence(config, reason, "see whether the server runs, and whether analysis.judge.timeout_s is enough")
-            ) from error
+            reason = f"{_first_line(str(error)).rstrip('.')}{through} after {config.retries} repetitions"
+            advice = "see whether the server runs, and whether analysis.judge.timeout_s is enough" + past
+            raise JudgeError(_sentence(config, reason, advice)) from error
         return (answer.choices[0].message.content or "") if answer.choices else ""
 
     return send
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a name or an address is that of the machine itself.
+
+    >>> [is_this_machine(host) for host in ("localhost", "127.1.2.3", "::1", "10.0.0.1", "localhost.example.org")]
+    [True, True, True, False, False]
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")  # RFC 6761
+    return address.is_loopback or address.is_unspecified
+
+
+def find_proxy(url: str) -> str | None:
+    """The proxy of the environment that requests to `url` go through, without its password; None where they go straight."""
+    parts = urlsplit(url)
+    host, proxies = parts.hostname or "", getproxies()
+    address = proxies.get(parts.scheme) or proxies.get("all")
+    if not address or is_this_machine(host) or proxy_bypass(host):
+        return None
+    scheme, _, rest = address.rpartition("://")
+    return f"{scheme or 'http'}://{rest.rpartition('@')[2]}"
 
 
 def read_key(variable: str | None) -> str:

@@ -21,7 +21,8 @@ from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from megatron_r1z.errors import R1ZError
+from megatron_r1z.errors import R1ZError, UsageError
+from megatron_r1z.streams import outlive_readers
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -93,6 +94,7 @@ class WorkerPool(Generic[Task, Result]):
         Tasks are handed over in batches; one that was done but not reported when its worker had to be killed is done again.
 
         Raises:
+            UsageError: `setup` raised it.
             R1ZError: workers do not start.
         """
         try:
@@ -143,9 +145,11 @@ class WorkerPool(Generic[Task, Result]):
                 return ()  # it went on while others were looked after
             return self._give_up(worker, place, Outcome(OutcomeKind.TIMEOUT, None, "the time limit is over"), outcomes)
         try:
-            message: _Ready | Outcome[Result] | list[Outcome[Result]] = worker.connection.recv()
+            message: _Ready | UsageError | Outcome[Result] | list[Outcome[Result]] = worker.connection.recv()
         except (EOFError, OSError):
             return self._give_up(worker, worker.place(), Outcome(OutcomeKind.ERROR, None, "the worker died"), outcomes)
+        if isinstance(message, UsageError):
+            raise message  # another start would say the same
         if isinstance(message, _Ready):
             worker.is_ready, self._failed_starts = True, 0
         elif isinstance(message, Outcome):  # its setup failed
@@ -250,12 +254,16 @@ def _serve(
 ) -> None:
     """The worker's life: restrict itself, set up, say so, work through batches of tasks until the pipe closes."""
     _die_with_parent(parent_pid)
+    outlive_readers()  # a reward function that prints does not fail because the run's output is no longer read
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when work ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     try:
         function = setup()
+    except UsageError as error:
+        connection.send(error)
+        return
     except Exception as error:  # noqa: BLE001  (the parent raises it)
         connection.send(_failure(error))
         return
@@ -285,11 +293,11 @@ def _attempt(function: Callable[[Any], Any], task: Any) -> Outcome[Any]:
         return Outcome(OutcomeKind.DONE, function(task), "")
     except MemoryError:
         os._exit(1)  # nothing in this process can be relied on any more
-    except Exception as error:  # noqa: BLE001  (whatever a task raises is its outcome)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a task raises is its outcome)
         return _failure(error)
 
 
-def _failure(error: Exception) -> Outcome[Any]:
+def _failure(error: BaseException) -> Outcome[Any]:
     return Outcome(OutcomeKind.ERROR, None, f"{type(error).__name__}: {error}"[:500])
 
 

@@ -64,19 +64,19 @@ class Outcome:
 
 
 class Command:
-    """A Python module at work with its arguments, started in the root of the repository."""
+    """A Python module at work with its arguments, started in the root of the repository; `unread`: nobody reads its standard output."""
 
-    def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str], *, unread: bool = False) -> None:
         self.mark = uuid.uuid4().hex
         self.outputs = [folder / f"{self.mark}.{name}" for name in ("stdout", "stderr")]
         self.segments = segments()
-        with self.outputs[0].open("w") as stdout, self.outputs[1].open("w") as stderr:
+        with self.outputs[0].open("w") as kept, self.outputs[1].open("w") as stderr, broken_pipe() as broken:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 cwd=ROOT,
                 env=ENVIRONMENT | {MARK: self.mark} | environment,
                 stdin=subprocess.DEVNULL,
-                stdout=stdout,
+                stdout=broken if unread else kept,
                 stderr=stderr,
             )
 
@@ -124,6 +124,15 @@ class Command:
         self.process.wait()
 
 
+@contextlib.contextmanager
+def broken_pipe() -> Iterator[int]:
+    """Where one writes and nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
 def rows_of(folder: Path, unit: str = "iteration") -> list[dict[str, float]]:
     """Rows of `metrics.jsonl`, those of evaluations among them."""
     path = folder / "metrics.jsonl"
@@ -166,10 +175,10 @@ class CommandLine:
         self.folder = folder
         self.started: list[Command] = []
 
-    def start(self, *arguments: str, environment: dict[str, str] | None = None, torchrun: int = 0) -> Command:
+    def start(self, *arguments: str, environment: dict[str, str] | None = None, torchrun: int = 0, unread: bool = False) -> Command:
         """Start the command, by itself or as so many ranks of torchrun."""
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "-m"] if torchrun else []
-        command = Command(self.folder, [*launcher, "megatron_r1z", *arguments], environment or {})
+        command = Command(self.folder, [*launcher, "megatron_r1z", *arguments], environment or {}, unread=unread)
         self.started.append(command)
         return command
 

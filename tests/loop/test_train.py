@@ -361,10 +361,11 @@ def test_a_run_with_a_reference_or_a_critic_goes_on_to_the_bit(gone_on: tuple[st
 
 
 def test_kl_in_the_reward_makes_advantages_differ(training: list[str], cli: Any, tmp_path: Path) -> None:
-    """Tokens of a response on two ranks."""
+    """Tokens of a response on two ranks; and nobody reads what the run prints, which is no reason to end."""
     switches = ("kl_coef=0.1", "kl_in=reward", "kl_estimator=k1", "iterations=2")
     arguments = [*training, *CP2, *TWO_ENGINES, "optimizer.lr=1e-4", "evaluation.sets=[]"]
-    outcome = cli.run("train", *arguments, *(f"algorithm.{switch}" for switch in switches), f"logging.folder={tmp_path}")
+    overrides = [f"algorithm.{switch}" for switch in switches]
+    outcome = cli.start("train", *arguments, *overrides, f"logging.folder={tmp_path}", unread=True).wait()
     assert (outcome.status, outcome.stderr) == (0, "")
     divergences = [row["rollout/reference_kl_nats"] for row in iterations_of(tmp_path)]
     assert divergences[0] == 0 != divergences[1]

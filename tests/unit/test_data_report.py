@@ -140,6 +140,34 @@ def test_a_source_without_a_fit_row_is_reported(tmp_path: Path) -> None:
     assert "unfit rows of q (1); train refuses to start" in render(report)
 
 
+@pytest.mark.parametrize(("name", "content"), [("q.jsonl", ""), ("q.json", "[]"), ("q.csv", "problem,answer\n")])
+def test_a_source_without_a_row_is_reported(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    report = describe_data(DataConfig(train=(QuestionSource(path=str(tmp_path / name)),), template="no"), (), WordTokenizer())
+    assert (report.sources[0].num_rows, report.sources[0].num_used) == (0, 0)
+    assert "no question of q is used; train refuses to start" in render(report)
+
+
+def test_unfit_text_and_numbers_are_reported_and_the_rest_is_counted(tmp_path: Path) -> None:
+    bad = ('{"problem": "\\ud83d", "answer": 1}', '{"problem": "p", "answer": "\\ud83d"}', '{"problem": "p", "answer": 1e400}')
+    source = save(tmp_path / "q.jsonl", *bad, row("p", int("7" * 400)), row("p", []))
+    report = describe_data(DataConfig(train=(source,), template="no"), (), WordTokenizer())
+    assert (report.sources[0].num_unfit, report.sources[0].num_used, report.sources[0].answers) == (4, 1, {"integer": 1})
+    render(report).encode()
+
+
+def test_what_a_prompt_does_not_show_is_told(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
+    source = save(tmp_path / "q.jsonl", {"prompt": turns, "reward_model": {"style": "rule", "ground_truth": "2"}})
+    report = describe_data(DataConfig(train=(source,), template="no"), (), WordTokenizer())
+    assert report.sources[0].num_used == 1
+    remark = (
+        f"1 turns of 1 conversations are not shown under template no, the first in {source.path}:1; only the last user turn is the question"
+    )
+    assert render(report).splitlines()[-1] == f"q: {remark}"
+    assert report.to_tree()["sources"][0]["remarks"] == [remark]
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     config = DataConfig(train=(QuestionSource(path=str(tmp_path / "none.jsonl")),), template="no")
     with pytest.raises(DataError, match="there is no file"):

@@ -245,3 +245,5 @@ def test_a_grader_that_gives_up_is_told(timeout: float, error: float, is_told: b
     assert (sentence is not None) == is_told
     if sentence is not None:
         assert f"timeout {timeout:.1%}, error {error:.1%}" in sentence
+        assert ("raise grading.timeout_s" in sentence) == (timeout > 0)
+        assert ("the first error of the reward function" in sentence) == (error > 0)

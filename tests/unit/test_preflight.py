@@ -329,12 +329,38 @@ def test_a_corpus_that_cannot_be_used(folder: Path, text: str, sentence: str) ->
         ("{folder}/reward.py", "write it as path.py:name"),
         ("{folder}/broken.py:reward", "{folder}/broken.py fails to load: ZeroDivisionError"),
         ("{folder}/short.py:reward", "must take (response, answers, finish_reason)"),
+        (
+            "{folder}/empty.py:reward",
+            "fails on all of 5 responses made up for a question with the answer '2', the first time with ValueError",
+        ),
     ],
 )
 def test_a_reward_function_that_cannot_be_used(folder: Path, function: str, sentence: str) -> None:
+    (folder / "empty.py").write_text("def reward(response, answers, finish_reason):\n    pass\n")
     (folder / "broken.py").write_text("1 / 0\n")
     (folder / "short.py").write_text("def reward(response):\n    return 1.0\n")
     assert sentence.format(folder=folder) in refusal(folder, DataError, grading={"function": function.format(folder=folder)})
+
+
+def test_a_reward_that_knows_only_the_answers_of_the_run_is_tried_with_one_of_them(folder: Path) -> None:
+    (folder / "table.py").write_text("def reward(response, answers, finish_reason):\n    return {'2': 1.0, '3': 0.0}[answers[0]]\n")
+    check_train(train_config(folder, grading={"extra": [{"function": f"{folder / 'table.py'}:reward"}]}))
+
+
+def test_conversations_that_the_chat_template_does_not_take(folder: Path) -> None:
+    path = folder / "model" / "tokenizer_config.json"
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    row = {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}], "reward_model": {"ground_truth": "2"}}
+    (folder / "messages.jsonl").write_text(json.dumps(row) + "\n")
+    data = {"train": [{"path": str(folder / "messages.jsonl")}], "template": "chat"}
+    assert (
+        f"{folder / 'messages.jsonl'}:1: template chat: the tokenizer's chat template does not take these messages (no system role)."
+        in (refusal(folder, DataError, data=data))
+    )
+    check_train(train_config(folder, data=data | {"template": "no"}))
 
 
 @pytest.mark.parametrize("check", ["train", "pretrain"])

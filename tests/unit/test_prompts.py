@@ -1,10 +1,12 @@
 """Question files, templates and prompts."""
 
 import hashlib
+import importlib
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,6 +15,7 @@ from megatron_r1z.errors import DataError
 from megatron_r1z.prompts import (
     FEW_SHOT_STOP,
     TEMPLATES,
+    Message,
     PromptStream,
     Question,
     load_prompts,
@@ -181,7 +184,10 @@ class TestQuestions:
         [
             ("empty.jsonl", r"empty\.jsonl holds no questions\."),
             ("missing.jsonl", r"there is no file .*missing\.jsonl"),
-            ("table.csv", r"cannot tell the format of .*table\.csv; use a file that ends in \.jsonl or \.parquet"),
+            *(
+                (name, f"cannot tell the format of .*{name}; use a file that ends in .jsonl, .json, .csv, .parquet ")
+                for name in ("table.tsv", "table.xlsx", "rows.jsonl.zst", "rows.txt", "rows", "rows.gz", "rows.parquet.gz")
+            ),
         ],
     )
     def test_unusable_files(self, tmp_path: Path, name: str, message: str) -> None:
@@ -209,6 +215,172 @@ class TestQuestions:
     def test_several_answers(self) -> None:
         questions = load_questions(QuestionSource(path=str(SHARED / "eval/minerva.jsonl"), answer_column="answers"))
         assert sorted({len(question.answers) for question in questions}) == [1, 2, 3]
+
+
+MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
+LONG = [*MESSAGES, {"role": "assistant", "content": "2"}, {"role": "user", "content": "And 2 + 2?"}]
+
+
+def shipped(prompt: Any, ground_truth: Any = "2") -> dict[str, Any]:
+    """A row as verl and the data sets made for it have it."""
+    model = {"style": "rule", "ground_truth": ground_truth}
+    return {"data_source": "math", "prompt": prompt, "ability": "math", "reward_model": model, "extra_info": {"index": 0, "split": "train"}}
+
+
+class TestConversations:
+    @pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+    def test_the_layout_that_the_field_ships_is_read_as_it_is(self, tmp_path: Path, form: str) -> None:
+        rows = [shipped(MESSAGES), shipped(LONG, "4")]
+        path = tmp_path / f"train.{form}"
+        if form == "jsonl":
+            write_rows(path, rows)
+        elif form == "json":
+            path.write_text(json.dumps(rows))
+        else:
+            pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        found = load_questions(QuestionSource(path=str(path)))
+        assert [(question.problem, question.answers) for question in found] == [("1 + 1", ("2",)), ("And 2 + 2?", ("4",))]
+        assert found[1].messages == tuple(Message(**turn) for turn in LONG)
+        assert [question.where for question in found] == [
+            f"{path}:{line}" if form == "jsonl" else f"{path}: row {line - 1}" for line in (1, 2)
+        ]
+
+    def test_nested_columns_have_dotted_names_and_a_dot_in_a_name_comes_first(self, tmp_path: Path) -> None:
+        rows = [{"q": {"text": "1 + 1"}, "a": {"b": {"c": "2"}}}, {"q.text": "flat", "q": {"text": "nested"}, "a": {"b.c": "4"}}]
+        source = replace(write_rows(tmp_path / "q.jsonl", rows), problem_column="q.text", answer_column="a.b.c")
+        assert [(item.problem, item.answers) for item in load_questions(source)] == [("1 + 1", ("2",)), ("flat", ("4",))]
+        assert len(load_questions(replace(source, where={"a.b.c": ("2",)}, limit=1))) == 1
+        with pytest.raises(DataError, match=r"no column 'a\.b\.d'; the columns are 'q\.text', 'a\.b\.c'\.$"):
+            load_questions(replace(source, answer_column="a.b.d"))
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"prompt": MESSAGES, "reward_model": {"style": "rule"}},
+            {"prompt": MESSAGES, "answer": "2"},
+            {"problem": "1 + 1", "prompt": MESSAGES, "reward_model": {"ground_truth": "2"}},
+        ],
+    )
+    def test_other_columns_are_not_guessed_but_named(self, tmp_path: Path, row: dict[str, Any]) -> None:
+        with pytest.raises(DataError, match=r"q\.jsonl:1: no column '(problem|answer)'; the columns are .*'prompt'"):
+            load_questions(write_rows(tmp_path / "q.jsonl", [row]))
+
+    def test_names_that_are_given_are_not_replaced(self, tmp_path: Path) -> None:
+        source = replace(write_rows(tmp_path / "q.jsonl", [shipped(MESSAGES)]), answer_column="solution")
+        with pytest.raises(
+            DataError, match=r"no column 'problem'; the columns are 'data_source', 'prompt', 'ability', 'reward_model\.style', "
+        ):
+            load_questions(source)
+
+    @pytest.mark.parametrize(
+        ("prompt", "complaint"),
+        [
+            ([], "the last message of 'prompt' is missing"),
+            (LONG[:3], "the last message of 'prompt' is of role 'assistant'; the question must be one of role 'user', and stand there"),
+            ([{"role": "user", "content": " "}], "the last message of 'prompt' is empty"),
+            ([{"role": "user", "content": None}], "entry 0 is {'content': None, 'role': 'user'}"),
+            ([{"role": "user", "content": [{"type": "text", "text": "?"}]}], "'role' and a 'content' of text each; entry 0 is"),
+            (["1 + 1"], "entry 0 is '1 + 1'"),
+            ([{"from": "human", "value": "1 + 1"}], "entry 0 is {'from': 'human', 'value': '1 + 1'}"),
+            ({"role": "user", "content": "1 + 1"}, "'prompt' must be text, not {"),
+        ],
+    )
+    def test_a_conversation_that_asks_nothing_is_named(self, tmp_path: Path, prompt: Any, complaint: str) -> None:
+        with pytest.raises(DataError, match=r"q\.jsonl:1: ") as caught:
+            load_questions(write_rows(tmp_path / "q.jsonl", [shipped(prompt)]))
+        assert complaint in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("settings", "texts", "remark"),
+        [
+            (
+                {"template": "chat"},
+                ["[system]Add.[user]1 + 1[assistant]", "[system]Add.[user]1 + 1[assistant]2[user]And 2 + 2?[assistant]"],
+                None,
+            ),
+            (
+                {"template": "chat", "system_prompt": "Box it."},
+                ["[system]Box it.[user]1 + 1[assistant]", "[system]Box it.[user]1 + 1[assistant]2[user]And 2 + 2?[assistant]"],
+                "2 turns of 2 conversations are not shown under template chat, the first in {path}:1; data.system_prompt takes their place",
+            ),
+            (
+                {"template": "no"},
+                ["1 + 1", "And 2 + 2?"],
+                "4 turns of 2 conversations are not shown under template no, the first in {path}:1; "
+                "only the last user turn is the question",
+            ),
+        ],
+    )
+    def test_what_the_model_sees_of_a_conversation_and_what_it_does_not(
+        self, tmp_path: Path, settings: Any, texts: list[str], remark: str | None
+    ) -> None:
+        source = write_rows(tmp_path / "q.jsonl", [shipped(MESSAGES), shipped(LONG, "4")])
+        (found,) = load_prompts(make_config(**settings), (source,), ByteTokenizer())
+        assert [prompt.text for prompt in found.prompts] == texts
+        assert found.remarks == (() if remark is None else (remark.format(path=source.path),))
+
+    def test_a_conversation_that_the_chat_template_does_not_take_is_named(self, tmp_path: Path) -> None:
+        class NoSystem(ByteTokenizer):
+            def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+                if conversation[0]["role"] == "system":
+                    raise ValueError("System role\nnot supported")
+                return super().apply_chat_template(conversation, tokenize=tokenize, add_generation_prompt=add_generation_prompt)
+
+        source = write_rows(tmp_path / "q.jsonl", [shipped(MESSAGES[1:]), shipped(MESSAGES)])
+        with pytest.raises(DataError) as caught:
+            load_prompts(make_config(template="chat"), (source,), NoSystem())
+        assert str(caught.value) == (
+            f"{source.path}:2: template chat: the tokenizer's chat template does not take these messages (System role not supported)."
+        )
+
+
+@dataclass(frozen=True)
+class Added:
+    content: str
+    special: bool
+
+
+class MarkTokenizer(ByteTokenizer):
+    """Takes `<eos>` and `<think>` for a token each, of which one is special; `<bos>` is special and text does not spell it out."""
+
+    added_tokens_decoder: ClassVar[dict[int, Added]] = {1: Added("<eos>", True), 2: Added("<bos>", True), 300: Added("<think>", False)}
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Encoding:
+        encoded = super().__call__(text, add_special_tokens=add_special_tokens).input_ids
+        return Encoding([[1, *ids] if "<eos>" in entry else ids for entry, ids in zip(text, encoded, strict=True)])
+
+
+class TestSpecialTokens:
+    def remarks(self, path: Path, *prompts: Any, template: Any = "no") -> tuple[str, ...]:
+        source = write_rows(path, [shipped(prompt) for prompt in prompts])
+        return load_prompts(make_config(template=template), (source,), MarkTokenizer())[0].remarks
+
+    def test_control_tokens_in_a_question_are_counted_and_the_first_is_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "q.jsonl"
+        assert self.remarks(path, "1 + 1", "2<eos>", "3 < 4", "<eos>?") == (
+            f"2 of 4 questions hold text that becomes a special token, the first '<eos>' in {path}:2; "
+            "the model sees a control token there, so take it out unless it is meant",
+        )
+
+    @pytest.mark.parametrize("text", ["1 + 1", "<think>", "<bos>", "< eos >"])
+    def test_what_only_looks_like_one_is_not(self, tmp_path: Path, text: str) -> None:
+        assert self.remarks(tmp_path / "q.jsonl", text) == ()
+
+    def test_only_what_is_shown_counts(self, tmp_path: Path) -> None:
+        prompt = [{"role": "system", "content": "<eos>"}, {"role": "user", "content": "1 + 1"}]
+        assert [remark.split()[1] for remark in self.remarks(tmp_path / "q.jsonl", prompt)] == ["turns"]
+        assert [remark.split()[1] for remark in self.remarks(tmp_path / "q.jsonl", prompt, template="chat")] == ["of"]
+
+    def test_a_real_tokenizer(self, tmp_path: Path) -> None:
+        pytest.importorskip("transformers")
+        sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
+        importlib.import_module("make_task").save_model(tmp_path / "model")
+        source = write_rows(tmp_path / "q.jsonl", [shipped(" Sum7+5?"), shipped(" Sum7<eos>?"), shipped("<pad>")])
+        (found,) = load_prompts(make_config(template="no"), (source,), load_tokenizer(tmp_path / "model"))
+        assert found.remarks[0].startswith(
+            f"2 of 3 questions hold text that becomes a special token, the first '<eos>' in {source.path}:2;"
+        )
 
 
 class TestSelection:

@@ -14,7 +14,7 @@ from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Respons
 
 zstandard = pytest.importorskip("zstandard")
 
-TEXTS = ("so </think> <answer>7</answer>", "線 ½\n\u2028no newline ends this row early")
+TEXTS = ("so </think> <answer>7</answer>", "線 ½\n\u2028no newline ends this row early, nor does half a character \ud83d")
 
 
 def graded(group_id: int, rewards: tuple[float, ...]) -> GradedGroup:

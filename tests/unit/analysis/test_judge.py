@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_r1z.analysis.examine import Inquiry, Task
-from megatron_r1z.analysis.judge import ask, key_of, make_sender, make_text, parse, read_key
+from megatron_r1z.analysis.judge import ask, find_proxy, key_of, make_sender, make_text, parse, read_key
 from megatron_r1z.config import JudgeConfig
 from megatron_r1z.errors import ConfigError, JudgeError
 from megatron_r1z.metrics import SilentLog
@@ -211,6 +211,98 @@ def test_a_server_that_is_not_there_is_told_in_one_sentence(server: Server, tmp_
     server.server_close()
     with pytest.raises(JudgeError, match=r"Connection error after 0 repetitions; see whether the server runs"):
         ask_all(config, tmp_path / "judge.jsonl")
+
+
+class Proxy(ThreadingHTTPServer):
+    """Takes nothing further; keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.asked: list[str] = []
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    server: Proxy
+
+    def do_POST(self) -> None:
+        self.server.asked.append(self.path)
+        self.send_error(403, "not through me")
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The proxy that the environment names for everything."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Proxy() as made:
+        monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{made.server_port}")
+        monkeypatch.setenv("all_proxy", f"http://127.0.0.1:{made.server_port}")
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_judge_on_this_machine_is_asked_past_the_proxy(server: Server, proxy: Proxy, tmp_path: Path, host: str) -> None:
+    config = replace(config_of(server, retries=0), url=f"http://{host}:{server.server_port}/v1")
+    assert ask_all(config, tmp_path / "judge.jsonl") is not None
+    assert proxy.asked == []
+
+
+def test_a_judge_elsewhere_is_asked_through_the_proxy_which_is_named(server: Server, proxy: Proxy, tmp_path: Path) -> None:
+    config = replace(config_of(server, retries=0), url="http://judge.example/v1")
+    with pytest.raises(JudgeError) as caught:
+        ask_all(config, tmp_path / "judge.jsonl")
+    assert f"it answers through the proxy http://127.0.0.1:{proxy.server_port} with status 403" in str(caught.value)
+    assert "no_proxy=judge.example in the environment goes past the proxy." in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert set(proxy.asked) == {"http://judge.example/v1/chat/completions"}
+
+
+def test_a_proxy_that_is_not_there_is_named(server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "127.0.0.1:1")
+    config = replace(config_of(server, retries=0), url="http://judge.example/v1")
+    with pytest.raises(
+        JudgeError, match=r"through the proxy http://127\.0\.0\.1:1 after 0 repetitions; .*; no_proxy=judge\.example in the"
+    ):
+        ask_all(config, tmp_path / "judge.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("url", "no_proxy", "is_used"),
+    [
+        *((f"http://{host}:8000/v1", "", False) for host in ("localhost", "LOCALHOST", "a.localhost", "127.8.9.1", "[::1]", "[::]")),
+        *((f"http://{host}:8000/v1", "", True) for host in ("localhost.example", "128.0.0.1", "[::2]", "judge")),
+        ("http://judge.example/v1", "judge.example", False),
+        ("http://judge.example/v1", "other.example", True),
+        ("https://judge.example/v1", "", True),
+    ],
+)
+def test_which_way_a_request_goes(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, url: str, no_proxy: str, is_used: bool) -> None:
+    monkeypatch.setenv("no_proxy", no_proxy)
+    assert find_proxy(url) == (f"http://127.0.0.1:{proxy.server_port}" if is_used else None)
+
+
+def test_a_proxy_that_cannot_be_used_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "gopher://127.0.0.1:1")
+    make_sender(config_of(server))
+    config = replace(config_of(server), url="http://judge.example/v1")
+    with pytest.raises(
+        ConfigError, match=r"^the judge at http://judge\.example/v1 cannot be asked \(.*gopher.*\); check analysis\.judge\.url"
+    ):
+        make_sender(config)
+
+
+def test_half_a_character_in_a_response_goes_as_a_question_mark(server: Server, tmp_path: Path) -> None:
+    inquiry: Inquiry = (Task.ANSWERING, "1 + 1?", "2 \ud83d")
+    config = config_of(server)
+    assert ask([inquiry], config, tmp_path / "judge.jsonl", make_sender(config), StopFlag(), SilentLog()) == {inquiry: 1}
+    assert "2 ?" in server.requests[0]["messages"][0]["content"]
 
 
 def test_a_key_comes_from_the_environment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from megatron_r1z.config import ExtraReward, GradingConfig
-from megatron_r1z.errors import DataError, R1ZError
+from megatron_r1z.errors import R1ZError
 from megatron_r1z.grading import comparer as comparer_module
-from megatron_r1z.grading.functions import check_reward_function
 from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.grading.modes import MODES
 from megatron_r1z.types import FinishReason, Group, Prompt, Response, Verdict, VerdictKind
@@ -219,7 +218,8 @@ def test_a_reward_function_of_the_users_own(write_function: Callable[[str], str]
     kinds = ["correct", "wrong", "correct", "correct", "wrong", "error", "error", "error", "timeout", "correct", "wrong"]
     assert [verdict.kind.value for verdict in verdicts] == kinds
     assert [message.partition(":reward ")[2] for message in caplog.messages] == [
-        "failed on 3 of 11 responses; the first: ValueError: I was told to"
+        "failed on 3 of 11 responses; the first: ValueError: I was told to",
+        "took longer than grading.timeout_s (1 s) on 1 of 11 responses",
     ]
 
 
@@ -254,30 +254,3 @@ def test_a_failing_extra_reward_is_told_not_hidden(write_function: Callable[[str
     verdicts = _grade(grader, _group([r"\boxed{5}"]))
     grader.close()
     assert verdicts == [Verdict(VerdictKind.ERROR, 0.0, "5", (("brief", 9.0),))]
-
-
-def test_a_good_reward_function_passes_the_check(write_function: Callable[[str], str]) -> None:
-    check_reward_function(write_function(FUNCTION))
-    check_reward_function(write_function("reward = lambda response, answers, finish_reason='stop': 1.0"))
-
-
-@pytest.mark.parametrize(
-    ("source", "complaint"),
-    [
-        ("def rewards(response, answers, finish_reason): ...", "defines no 'reward'"),
-        ("reward = 3", "is not a function"),
-        ("def reward(response, answers): ...", "must take"),
-        ("def reward(response, answers, finish_reason, more): ...", "must take"),
-        ("def reward(:", "fails to load: SyntaxError"),
-        ("import no_such_module_of_ours", "fails to load: ModuleNotFoundError"),
-    ],
-)
-def test_a_bad_reward_function_is_refused(write_function: Callable[[str], str], source: str, complaint: str) -> None:
-    with pytest.raises(DataError, match=complaint):
-        check_reward_function(write_function(source))
-
-
-@pytest.mark.parametrize(("function", "complaint"), [("reward", "path.py:name"), ("/no/such.py:reward", "no file"), (":x", "path.py:name")])
-def test_a_missing_reward_function_is_refused(function: str, complaint: str) -> None:
-    with pytest.raises(DataError, match=complaint):
-        check_reward_function(function)
