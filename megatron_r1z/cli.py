@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -38,6 +37,7 @@ from megatron_r1z.cost.search import enough_ranks, nearest, search
 from megatron_r1z.errors import ConfigError, MissingExtraError, R1ZError, UsageError
 from megatron_r1z.folders import Kind
 from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, make_plan_report, render_plan
+from megatron_r1z.result_files import to_json
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
 
 if TYPE_CHECKING:
@@ -313,7 +313,7 @@ def _data(options: argparse.Namespace, _arguments: list[str]) -> int:
     report = make_report(load_config(TrainConfig, options.config, options.overrides))
     print(render(report))
     if options.json is not None:
-        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
+        Path(options.json).write_text(to_json(report.to_tree(), indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -348,7 +348,7 @@ def _plan(options: argparse.Namespace, _arguments: list[str]) -> int:
     report = make_plan_report(options.model, options.source, options.destination, ITEMSIZE[options.dtype], machine)
     print(render_plan(report))
     if options.json is not None:
-        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
+        Path(options.json).write_text(to_json(report.to_tree(), indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -407,7 +407,7 @@ def _plan_run(options: argparse.Namespace) -> int:
         found = []
         print(render(report))
     if options.json is not None:
-        Path(options.json).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
+        Path(options.json).write_text(to_json(report.to_tree(), indent=1) + "\n", encoding="utf-8")
     if cost.cluster is not None and not found and cost.shortfall() is not None:
         near = nearest(cost)
         raise ConfigError(refusal(cost, near, enough_ranks(cost) if near is None else None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -11,6 +10,7 @@ from megatron_r1z.errors import DataError
 from megatron_r1z.grading.answers import Extraction
 from megatron_r1z.grading.comparer import Comparer
 from megatron_r1z.grading.grader import make_verdict
+from megatron_r1z.result_files import to_json
 from megatron_r1z.rows import MalformedRow, read_row
 from megatron_r1z.types import FinishReason, Verdict, VerdictKind
 
@@ -83,7 +83,6 @@ def _grade(chunk: Sequence[_Item], output: TextIO, comparer: Comparer, counts: d
         verdict = truncated if item.is_truncated else make_verdict(item.extraction, item.references, judged)
         counts[verdict.kind] += 1
         extracted = {} if "answer" in item.row else {"extracted": answer}
-        output.write(
-            json.dumps(item.row | extracted | {"verdict": verdict.kind.value, "reward": verdict.reward}, ensure_ascii=False) + "\n"
-        )
+        row = item.row | extracted | {"verdict": verdict.kind.value, "reward": verdict.reward}
+        output.write(to_json(row, ensure_ascii=False) + "\n")
     output.flush()
