@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> Figures:
     times: dict[str, list[float]] = {"bf16": [], "fp8": [], "quantise": []}
     refits, nbytes, source = {}, {}, None
     for name, matrices in (("bf16", frozenset()), ("fp8", fp8_matrices(shape, [policy, layout]))):
-        plans = plans_by_format(policy, layout, matrices, DTYPE, ROUND_BYTES["cpu"])
+        plans = plans_by_format(policy, layout, matrices, DTYPE, ROUND_BYTES["cpu"], num_ranks)
         weights: Any = lambda: shared.tensors  # noqa: E731
         if matrices:
             weights = source = QuantisedSource(weights, fp8_parameters(policy, options.rank, matrices))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_r1z import __version__
+from megatron_r1z import __version__, ranks
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
 from megatron_r1z.checkpoint import Checkpoints, load_weights
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
@@ -42,10 +42,12 @@ from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.policy.trained import Settings
 from megatron_r1z.pretrain import NEXT_TOKEN_LOSS, Pretraining, PretrainState
 from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
+from megatron_r1z.receipts import drop_receipts
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_r1z.rollouts import ROLLOUTS, drop_rollouts
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import RefitReceipt
 
@@ -192,6 +194,9 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
         state = RunState(**checkpoints.load(latest, policy, critic))
         prompts.restore(state.prompts)
     log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
+    if dist.get_rank() == 0:
+        drop_receipts(folder, state.iteration)
+        drop_rollouts(folder / ROLLOUTS, state.iteration)
     _say_sets(log, [*train_sets, *evaluation], config)
     _say_precision(log, config)
     if latest is not None:
@@ -257,7 +262,8 @@ def make_refit(
     if config.rollout.refit == "gathered":
         return GatheredRefit(WholeTensors(weights.shape, weights.layout, rank, policy.parameters, dtype), engine)
     round_bytes = ROUND_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
-    plans = plans_by_format(weights.layout, _engine_layout(config, weights.shape), matrices, dtype, round_bytes)
+    layouts = weights.layout, _engine_layout(config, weights.shape)
+    plans = plans_by_format(*layouts, matrices, dtype, round_bytes, ranks.per_node())
     if not matrices:
         return Refit(plans, rank, policy.parameters, engine)
     refit = Refit(plans, rank, QuantisedSource(policy.parameters, fp8_parameters(weights.layout, rank, matrices)), engine)

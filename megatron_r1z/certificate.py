@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_r1z.config import TrainConfig
 from megatron_r1z.errors import RefitError
 from megatron_r1z.packing import MicroBatch
 from megatron_r1z.policy.policy import MegatronPolicy
+from megatron_r1z.result_files import to_json
 
 LIMIT_NATS = 1e-4
 """Above this, float32 weights on both sides cannot be the same weights (measured on CPU: below 1e-5)."""
@@ -43,7 +43,7 @@ class Certificate:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+        path.write_text(to_json(dataclasses.asdict(self)) + "\n")
 
     def check(self) -> None:
         """Refuse what equal float32 weights cannot show.

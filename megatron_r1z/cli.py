@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -41,6 +40,7 @@ from megatron_r1z.cost.search import enough_ranks, nearest, search
 from megatron_r1z.errors import ConfigError, MissingExtraError, R1ZError, UsageError
 from megatron_r1z.folders import Kind
 from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, PlanReport, make_plan_report, render_plan
+from megatron_r1z.result_files import to_json
 from megatron_r1z.streams import READER_GONE, lead_nowhere, outlive_readers, reader_is_gone
 from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
 
@@ -345,7 +345,7 @@ def _data(options: argparse.Namespace, _arguments: list[str]) -> int:
 def _write_json(path: str | None, report: DataReport | PlanReport | Report) -> None:
     """Write a report where `--json` asks for it; before it is printed, since the reader of standard output may go away."""
     if path is not None:
-        Path(path).write_text(json.dumps(report.to_tree(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(to_json(report.to_tree(), indent=1) + "\n", encoding="utf-8")
 
 
 def _grade(options: argparse.Namespace, _arguments: list[str]) -> int:

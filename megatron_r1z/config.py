@@ -34,6 +34,8 @@ NumberFormat = Literal["fp32", "bf16"]
 Fp8Recipe = Literal["blockwise", "mxfp8", "tensorwise", "delayed"]
 Executor = Literal["local", "slurm", "docker", "skypilot", "skypilot_jobs", "dgxcloud", "kubeflow", "lepton"]
 Scalar = str | int | float | bool
+MIN_TEMPERATURE = 0.01
+"""The smallest above 0 that vLLM samples at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +362,7 @@ class RolloutConfig:
                 f"rollout.temperature is {self.temperature}; training needs a distribution, so it must be above 0 "
                 "(evaluation has its own temperature, which may be 0)."
             )
+        _check_temperature("rollout", self.temperature)
         if self.top_k != -1 and self.top_k < 1:
             raise ConfigError(f"rollout.top_k is {self.top_k}; it must be at least 1, or -1 for off.")
         _check_top_p("rollout", self.top_p)
@@ -502,9 +505,9 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up."""
     warmup_steps: int = 0
-    """Optimizer steps of linear warm-up from 0."""
+    """Optimizer steps of linear warm-up: of n the s-th has s / (n + 1) of the learning rate, and the step after them all of it."""
     decay_steps: int | None = None
-    """Optimizer steps after which a decaying schedule reaches `min_lr`; needed unless constant."""
+    """Optimizer steps, those of the warm-up among them, after which a decaying schedule reaches `min_lr`; needed unless constant."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: float = 1e-8
@@ -527,11 +530,20 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.betas are {list(self.betas)}; each must be at least 0 and below 1.")
         if self.min_lr > self.lr:
             raise ConfigError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}.")
-        if self.schedule != "constant" and self.decay_steps is None:
-            raise ConfigError(f"optimizer: schedule {self.schedule} needs decay_steps.")
+        if self.schedule != "constant":
+            self._check_decay()
         if self.offload_to_host and not self.distributed:
             raise ConfigError(
                 "optimizer.offload_to_host is a part of Megatron's distributed optimizer; set optimizer.distributed=true too."
+            )
+
+    def _check_decay(self) -> None:
+        if self.decay_steps is None:
+            raise ConfigError(f"optimizer: schedule {self.schedule} needs decay_steps.")
+        if self.decay_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"optimizer: schedule {self.schedule} decays from the end of the warm-up, after {self.warmup_steps} steps, to decay_steps, "
+                f"which is {self.decay_steps}; set it to at least {self.warmup_steps + 1}."
             )
 
     @property
@@ -1174,12 +1186,22 @@ def _check_top_p(section: str, top_p: float) -> None:
         raise ConfigError(f"{section}.top_p is {top_p}; it must be above 0 and at most 1.")
 
 
+def _check_temperature(section: str, temperature: float) -> None:
+    """Refuse what vLLM would raise to its smallest (`SamplingParams`), so that its log-probs would be of another distribution than ours."""
+    if temperature < MIN_TEMPERATURE:
+        raise ConfigError(
+            f"{section} has temperature {temperature}, which vLLM would raise to {MIN_TEMPERATURE} on its own; use at least that."
+        )
+
+
 def _check_sampling(section: str, top_p: float, samples: int, temperatures: Sequence[float]) -> None:
     """How held-out questions are asked: greedily, or with a temperature."""
     _check_top_p(section, top_p)
     for temperature in temperatures:
         if not temperature >= 0:  # so that nan does not pass
             raise ConfigError(f"{section} has temperature {temperature}; it must be at least 0.")
+        if temperature:
+            _check_temperature(section, temperature)
     if samples > 1 and 0 in temperatures:
         raise ConfigError(
             f"{section}.samples is {samples} at temperature 0, where all responses to a question are the same; set a temperature."

@@ -17,7 +17,7 @@ from megatron_r1z.errors import DataError
 from megatron_r1z.metrics import Console, Metrics
 from megatron_r1z.prompts import PromptSet
 from megatron_r1z.protocols import Grader, Sampler, Sampling
-from megatron_r1z.result_files import append_rows, replace_text
+from megatron_r1z.result_files import append_rows, replace_text, to_json
 from megatron_r1z.scores import Attempt, QuestionResult, SetScore, make_results, render, score
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import FinishReason, Prompt, VerdictKind
@@ -160,4 +160,4 @@ def _write_scores(path: Path, config: EvaluateConfig, scores: Sequence[SetScore]
         "mean_accuracy": fmean(item.accuracy for item in scores),
         "sets": [item.to_tree() for item in scores],
     }
-    replace_text(path, json.dumps(tree, indent=1) + "\n")
+    replace_text(path, to_json(tree, indent=1) + "\n")

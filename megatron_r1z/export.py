@@ -31,7 +31,7 @@ from megatron_r1z.hf_files import (
 from megatron_r1z.layout.blocks import Block, Box, Layout, box_slices, covered
 from megatron_r1z.layout.families import ModelShape, hf_tensors
 from megatron_r1z.layout.fp8 import BLOCK, SCALES, by_format, fp8_matrices, fp8_parameters, modules_to_not_convert, quantization_config
-from megatron_r1z.ranks import any_rank, gather
+from megatron_r1z.ranks import any_rank, gather, per_node
 from megatron_r1z.reshard.once import execute
 from megatron_r1z.reshard.quantise import QuantisedSource, dtypes_by_format
 
@@ -115,7 +115,7 @@ def save_hf(
     source = QuantisedSource(lambda: parameters, fp8_parameters(layout, rank, matrices))()
     for number, (number_format, part) in enumerate(zip(dtypes, formats, strict=True)):
         written = [shard for shard in shards if shard.number_format == number]
-        for wave in plan_waves(part, written, number_format.itemsize, wave_bytes):
+        for wave in plan_waves(part, written, number_format.itemsize, wave_bytes, per_node()):
             staged = _staged(wave.destination.parameters.get(rank, {}), buffer, number_format)
             mine = {name: source[name] for name in part.parameters[rank]}
             execute(wave.of_rank(rank), mine, staged, dtype=number_format, device=_buffer_device(parameters))

@@ -98,11 +98,12 @@ def cut_waves(tensors: Iterable[TensorSpec], itemsize: int, limit: int) -> Itera
         yield wave
 
 
-def plan_waves(source: Layout, shards: Sequence[Shard], itemsize: int, wave_bytes: int) -> Iterator[Plan]:
+def plan_waves(source: Layout, shards: Sequence[Shard], itemsize: int, wave_bytes: int, ranks_per_node: int) -> Iterator[Plan]:
     """From `source` to the files, a plan at a time; the destination's parameters are rows of tensors, by the tensors' names.
 
     In a wave each writer receives at most `wave_bytes`, or one row. Rounds are half as large, as two of them are on their way at a time.
     A plan is made from the blocks of its own tensors only, so that all of them together take little longer than one for the whole model.
+    `ranks_per_node` consecutive ranks share a node: where one of them has the rows of a writer there, it sends them.
 
     Raises:
         RefitError: the source lacks part of a tensor.
@@ -115,7 +116,7 @@ def plan_waves(source: Layout, shards: Sequence[Shard], itemsize: int, wave_byte
         destination = _wave_layout(dict(zip(tensors, waves, strict=True)))
         names = dict.fromkeys(block.tensor for block in destination.blocks)
         held = tuple(block for name in names for block in blocks_of.get(name, ()))
-        yield make_plan(Layout(source.name, held, source.parameters), destination, itemsize, max(wave_bytes // 2, itemsize))
+        yield make_plan(Layout(source.name, held, source.parameters), destination, itemsize, max(wave_bytes // 2, itemsize), ranks_per_node)
 
 
 def _by_tensor(blocks: Iterable[Block]) -> dict[str, list[Block]]:

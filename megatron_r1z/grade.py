@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -11,6 +10,7 @@ from megatron_r1z.errors import DataError
 from megatron_r1z.grading.answers import Extraction
 from megatron_r1z.grading.comparer import Comparer
 from megatron_r1z.grading.grader import make_verdict
+from megatron_r1z.result_files import to_json
 from megatron_r1z.rows import MalformedRow, Row, has_lone_surrogate, parse_answers, read_row
 from megatron_r1z.types import FinishReason, Verdict, VerdictKind
 
@@ -92,4 +92,4 @@ def _grade(chunk: Sequence[_Item], output: TextIO, comparer: Comparer, counts: d
 
 def _to_line(row: dict[str, Any]) -> str:
     """The row as JSON: characters as they are, or escaped where a column that is not looked at has some that no file can hold."""
-    return json.dumps(row, ensure_ascii=has_lone_surrogate(row)) + "\n"
+    return to_json(row, ensure_ascii=has_lone_surrogate(row)) + "\n"

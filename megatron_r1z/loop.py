@@ -4,7 +4,7 @@
 
 Every rank runs this same program. `Run` lists the parts: `prompts.py` draws questions, `rollout/` samples, `grading/` judges,
 `objective.py` and `packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over; `evaluate.py`, `checkpoint.py`,
-`certificate.py`, `metrics.py` and `rollouts.py` keep the record. `assemble.py` builds them.
+`certificate.py`, `metrics.py`, `advice.py` and `rollouts.py` keep the record. `assemble.py` builds them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_r1z import ranks
+from megatron_r1z.advice import Advice
 from megatron_r1z.certificate import make_certificate
 from megatron_r1z.checkpoint import Checkpoints
 from megatron_r1z.config import AlgorithmConfig, TrainConfig
@@ -28,9 +30,7 @@ from megatron_r1z.metrics import (
     Metrics,
     RunLog,
     Stopwatch,
-    combine_steps,
     critic_metrics,
-    grading_warning,
     penalty_metrics,
     refit_metrics,
     rollout_metrics,
@@ -43,7 +43,7 @@ from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.prompts import PromptSet, PromptStream
 from megatron_r1z.protocols import Engine, Grader, Sampling
 from megatron_r1z.receipts import save_receipt
-from megatron_r1z.rollouts import save_rollouts
+from megatron_r1z.rollouts import ROLLOUTS, save_rollouts
 from megatron_r1z.scores import score
 from megatron_r1z.skips import Skips
 from megatron_r1z.supervisor import StopFlag
@@ -86,11 +86,13 @@ class Run:
     stop_flag: StopFlag
     state: RunState
     watch: Stopwatch = field(init=False)
+    advice: Advice = field(init=False)
     skips: Skips = field(init=False)
     critic_skips: Skips = field(init=False)
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.log)
+        self.advice = Advice(self.config)
         self.skips = Skips(self.config.optimizer.max_skipped_steps)
         self.critic_skips = Skips(self.config.optimizer.max_skipped_steps, name="the critic's ")
 
@@ -159,6 +161,7 @@ def train(run: Run) -> bool:
         run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state())
         _keep_rollouts(run, iteration, trained, samples, step_of)
         _record(run, rollout_metrics(graded, num_rounds) | penalty_metrics(estimates.divergences), stats, critic_stats, receipt)
+        _advise(run, graded, samples)
         _count_skips(run, run.skips, stats, samples, step_of)
         _count_skips(run, run.critic_skips, critic_stats, samples, step_of)
         if run.skips.too_many or run.critic_skips.too_many:
@@ -196,7 +199,9 @@ def sample_groups(run: Run, iteration: int) -> tuple[list[GradedGroup], int]:
             groups = run.engine.generate(prompts, run.sampling(iteration, number), policy_version=iteration)
         groups = [replace(group, group_id=len(graded) + group.group_id) for group in groups]
         with run.watch.phase("grade"):
-            graded += sorted(ranks.gather(run.grader.grade(groups)), key=lambda item: item.group.group_id)
+            mine = run.grader.grade(groups)
+        with run.watch.phase("gather"):  # which waits for the slowest engine and grader
+            graded += sorted(ranks.gather(mine), key=lambda item: item.group.group_id)
         if sum(item.is_mixed for item in graded) >= wanted or run.stopped():
             break
     return graded, number + 1
@@ -219,12 +224,13 @@ class Estimates:
 
 
 def make_estimates(graded: Sequence[GradedGroup], run: Run) -> Estimates:
-    """Passes over all responses, of the models that advantages need; all ranks call this, and none makes a pass where none is needed."""
+    """Passes over all responses that were judged, of the models that advantages need, none where none is asked for; all ranks call it."""
     algorithm = run.config.algorithm
     has_kl = algorithm.kl_is_in("reward")
     if run.critic is None and not has_kl:
         return Estimates()
-    batches = _pack(run, make_rows(graded, run.config.rollout.temperature), skip_zero_advantage=False).micro_batches
+    rows = [row for item in graded for row in compress(make_rows([item], run.config.rollout.temperature), item.is_judged)]
+    batches = _pack(run, rows, skip_zero_advantage=False).micro_batches
     with run.watch.phase("estimate"):
         divergences = _divergences(run, batches) if has_kl else None
         values = None if run.critic is None else gather_figures(batches, run.critic.values(batches), run.policy.topology)
@@ -268,20 +274,24 @@ def make_samples(
     """The rows with their advantages: of the group's rewards or, under PPO, of the critic's values.
 
     Each token pays for its divergence from the reference model where rewards have a KL term. With `mask_truncated` a response that ended at
-    the token limit gets advantage 0, after its reward went into those of its group.
+    the token limit gets advantage 0, after its reward went into those of its group. A response that was not judged is no sample: it is in
+    no baseline, and its row has advantage 0 and is not counted.
     """
     known = estimates or Estimates()
     samples = []
     for item in graded:
         rows = make_rows([item], temperature)
+        judged = list(compress(rows, item.is_judged))
         rewards = [
-            token_rewards(verdict.reward, row.response_length, algorithm.kl_coef, (known.divergences or {}).get(row.sample_id))
-            for row, verdict in zip(rows, item.verdicts, strict=True)
+            token_rewards(reward, row.response_length, algorithm.kl_coef, (known.divergences or {}).get(row.sample_id))
+            for row, reward in zip(judged, item.rewards, strict=True)
         ]
         if isinstance(objective, Objective):
-            samples += _with_group_advantages(item, rows, objective.advantages([math.fsum(of_tokens) for of_tokens in rewards]), algorithm)
+            made = _with_group_advantages(item, judged, objective.advantages([math.fsum(of_tokens) for of_tokens in rewards]), algorithm)
         else:
-            samples += [_with_token_advantages(*pair, known.values or {}, algorithm.gae_lambda) for pair in zip(rows, rewards, strict=True)]
+            made = [_with_token_advantages(*pair, known.values or {}, algorithm.gae_lambda) for pair in zip(judged, rewards, strict=True)]
+        by_id = {sample.sample_id: sample for sample in made}
+        samples += [by_id.get(row.sample_id, replace(row, is_counted=False)) for row in rows]
     return samples
 
 
@@ -301,7 +311,7 @@ def _with_group_advantages(
             is_counted=is_counted,
             has_further_terms=algorithm.has_further_terms and is_counted,
         )
-        for row, response, advantage in zip(rows, item.group.responses, advantages, strict=True)
+        for row, response, advantage in zip(rows, compress(item.group.responses, item.is_judged), advantages, strict=True)
     ]
 
 
@@ -371,24 +381,28 @@ def _save(run: Run) -> RunState:
 
 def _keep_rollouts(run: Run, iteration: int, graded: Sequence[GradedGroup], samples: Sequence[Sample], step_of: dict[str, int]) -> None:
     if run.config.logging.rollouts and dist.get_rank() == 0:
-        save_rollouts(run.folder / "rollouts", iteration, graded, samples, step_of)
+        save_rollouts(run.folder / ROLLOUTS, iteration, graded, samples, step_of)
 
 
 def _record(run: Run, rollout: Metrics, stats: Sequence[UpdateStats], critic_stats: Sequence[ValueStats], receipt: RefitReceipt) -> None:
     """Write the figures of the iteration that just ended."""
-    steps = [update_metrics(item) for item in stats]
-    if critic_stats:
-        steps = [row | critic_metrics(item) for row, item in zip(steps, critic_stats, strict=True)]
-    first = run.state.steps - len(steps)
-    if len(steps) > 1:
-        for index, row in enumerate(steps):
-            run.log.write("step", first + index + 1, row)
-    metrics = rollout | combine_steps(steps) | refit_metrics(receipt) | run.watch.lap()
+    first = run.state.steps - len(stats)
+    if len(stats) > 1:
+        for index in range(len(stats)):
+            run.log.write("step", first + index + 1, _figures(stats[index : index + 1], critic_stats[index : index + 1]))
+    metrics = rollout | _figures(stats, critic_stats) | refit_metrics(receipt) | run.watch.lap()
     run.log.write("iteration", run.state.iteration, metrics)
     run.log.row(_cells(run.state.iteration, metrics))
-    warning = grading_warning(metrics)
-    if warning is not None:
-        run.log.say(warning)
+
+
+def _figures(stats: Sequence[UpdateStats], critic_stats: Sequence[ValueStats]) -> Metrics:
+    return update_metrics(stats) | (critic_metrics(critic_stats) if critic_stats else {})
+
+
+def _advise(run: Run, graded: Sequence[GradedGroup], samples: Sequence[Sample]) -> None:
+    """Say what keeps the iteration that just ended from teaching anything."""
+    for sentence in run.advice.about(run.state.iteration, graded, samples):
+        run.log.say(sentence)
 
 
 def _count_skips(

@@ -5,35 +5,40 @@ Names are `stage/quantity_unit`; `docs/metrics.md` lists them.
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from typing import Any, TypeVar
 
-from megatron_r1z.result_files import replace_text
+from megatron_r1z.result_files import keep_rows, to_json
 from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, TokenFigures, UpdateStats, ValueStats, VerdictKind
 
 Metrics = dict[str, float]
-MAX_UNGRADED_SHARE = 0.02
-"""Of the responses of an iteration; hostile answers are rarer, so beyond it the grader or the machine has a problem."""
+"""Figures by name. One that is not finite is written as null; one that is over nothing is left out."""
+Stats = TypeVar("Stats", UpdateStats, ValueStats)
+EQUAL_RETURNS = 1e-12
+"""Returns whose variance is below this share of their mean square are equal: they come in float32, which has seven digits."""
 
 
 def rollout_metrics(graded: Sequence[GradedGroup], num_rounds: int = 1) -> Metrics:
     """Rewards, lengths and verdicts of one iteration, over all groups of its rounds of sampling."""
     pairs = [pair for item in graded for pair in zip(item.group.responses, item.verdicts, strict=True)]
     lengths = [response.length for response, _ in pairs]
-    right = [response.length for response, verdict in pairs if verdict.kind is VerdictKind.CORRECT]
-    wrong = [response.length for response, verdict in pairs if verdict.kind is not VerdictKind.CORRECT]
+    judged = [pair for pair, is_judged in zip(pairs, (flag for item in graded for flag in item.is_judged), strict=True) if is_judged]
+    right = [response.length for response, verdict in judged if verdict.kind is VerdictKind.CORRECT]
+    wrong = [response.length for response, verdict in judged if verdict.kind is not VerdictKind.CORRECT]
     kinds = Counter(verdict.kind for _, verdict in pairs)
     metrics = {
-        "rollout/reward_mean": fmean(verdict.reward for _, verdict in pairs),
+        "rollout/reward_mean": _mean([verdict.reward for _, verdict in judged]),
         "rollout/length_mean_tokens": fmean(lengths),
         "rollout/length_max_tokens": float(max(lengths)),
         "rollout/truncated_share": sum(response.finish_reason is FinishReason.LENGTH for response, _ in pairs) / len(pairs),
+        "rollout/unjudged_share": (len(pairs) - len(judged)) / len(pairs),
         "rollout/mixed_groups_share": sum(item.is_mixed for item in graded) / len(graded),
         "rollout/sampling_rounds": float(num_rounds),
     }
@@ -55,76 +60,91 @@ def penalty_metrics(penalties: TokenFigures | None) -> Metrics:
     return {"rollout/reference_kl_nats": fmean(values)} if values else {}
 
 
-def grading_warning(metrics: Metrics) -> str | None:
-    """A sentence where more than `MAX_UNGRADED_SHARE` of the responses were not judged but given up, else None."""
-    given_up = {kind: metrics[f"grading/{kind.value}_share"] for kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR)}
-    if sum(given_up.values()) <= MAX_UNGRADED_SHARE:
-        return None
-    shares = ", ".join(f"{kind.value} {share:.1%}" for kind, share in given_up.items())
-    advice = {
-        VerdictKind.TIMEOUT: "raise grading.timeout_s",
-        VerdictKind.ERROR: "see the first error of the reward function above, or whether the grader's workers run out of memory",
+def update_metrics(steps: Sequence[UpdateStats]) -> Metrics:
+    """The figures of one optimizer step, or of the steps of an iteration together; see `_taken` for which of them.
+
+    Figures of tokens are those of all tokens of the steps, but for the percentile: that is the largest of the steps', which 99.9 % of all
+    tokens do not exceed either. Loss, gradient norm and learning rate are means over steps. Without tokens there are no figures of tokens.
+    """
+    taken = _taken(steps)
+    trained = [item for item in taken if item.num_tokens]
+    metrics = {
+        "update/loss": _mean([item.loss for item in taken]),
+        "update/grad_norm": _mean([item.grad_norm for item in taken]),
+        "update/learning_rate": _mean([item.learning_rate for item in taken]),
+        "update/trained_tokens": float(sum(item.num_tokens for item in steps)),
+        "update/skipped_steps": float(sum(item.skipped for item in steps)),
     }
-    what = "; ".join(advice[kind] for kind, share in given_up.items() if share)
-    return f"warning: {shares} of the responses, which have reward 0 whatever they hold; {what} (docs/grading.md)."
+    if not trained:
+        return metrics
+    metrics |= {f"update/{name}": _token_mean(trained, field) for name, field in _TOKEN_MEANS.items()}
+    return metrics | {f"update/{name}": _largest([getattr(item, field) for item in trained]) for name, field in _LARGEST.items()}
 
 
-def update_metrics(stats: UpdateStats) -> Metrics:
-    """One optimizer step."""
-    return {
-        "update/loss": stats.loss,
-        "update/grad_norm": stats.grad_norm,
-        "update/learning_rate": stats.learning_rate,
-        "update/clip_fraction": stats.clip_fraction,
-        "update/clipped_high_share": stats.clipped_high,
-        "update/clipped_low_share": stats.clipped_low,
-        "update/dual_clipped_share": stats.dual_clipped,
-        "update/tis_weight_mean": stats.tis_weight,
-        "update/tis_truncated_share": stats.tis_truncated,
-        "update/ratio_mean": stats.ratio_mean,
-        "update/ratio_max": stats.ratio_max,
-        "update/entropy_nats": stats.entropy,
-        "update/sampler_kl_nats": stats.sampler_kl,
-        "update/reference_kl_nats": stats.reference_kl,
-        "update/mismatch_mean_nats": stats.mismatch_mean,
-        "update/mismatch_p999_nats": stats.mismatch_p999,
-        "update/mismatch_max_nats": stats.mismatch_max,
-        "update/trained_tokens": float(stats.num_tokens),
-        "update/skipped_steps": float(stats.skipped),
+_TOKEN_MEANS = {
+    "clip_fraction": "clip_fraction",
+    "clipped_high_share": "clipped_high",
+    "clipped_low_share": "clipped_low",
+    "dual_clipped_share": "dual_clipped",
+    "tis_weight_mean": "tis_weight",
+    "tis_truncated_share": "tis_truncated",
+    "ratio_mean": "ratio_mean",
+    "entropy_nats": "entropy",
+    "sampler_kl_nats": "sampler_kl",
+    "reference_kl_nats": "reference_kl",
+    "mismatch_mean_nats": "mismatch_mean",
+}
+_LARGEST = {"ratio_max": "ratio_max", "mismatch_p999_nats": "mismatch_p999", "mismatch_max_nats": "mismatch_max"}
+
+
+def critic_metrics(steps: Sequence[ValueStats]) -> Metrics:
+    """The same of the critic."""
+    taken = _taken(steps)
+    trained = [item for item in taken if item.num_tokens]
+    metrics = {
+        "critic/loss": _mean([item.loss for item in taken]),
+        "critic/grad_norm": _mean([item.grad_norm for item in taken]),
+        "critic/learning_rate": _mean([item.learning_rate for item in taken]),
+        "critic/skipped_steps": float(sum(item.skipped for item in steps)),
     }
+    if not trained:
+        return metrics
+    names = ("clip_fraction", "value_mean", "return_mean")
+    return metrics | {f"critic/{name}": _token_mean(trained, name) for name in names} | {"critic/explained_variance": _explained(trained)}
 
 
-def critic_metrics(stats: ValueStats) -> Metrics:
-    """One optimizer step of the critic."""
-    return {
-        "critic/loss": stats.loss,
-        "critic/grad_norm": stats.grad_norm,
-        "critic/learning_rate": stats.learning_rate,
-        "critic/clip_fraction": stats.clip_fraction,
-        "critic/value_mean": stats.value_mean,
-        "critic/return_mean": stats.return_mean,
-        "critic/explained_variance": stats.explained_variance,
-        "critic/skipped_steps": float(stats.skipped),
-    }
+def _explained(steps: Sequence[ValueStats]) -> float:
+    """1 less the variance of return minus value over that of the return, over all tokens; 0 where returns are equal but for rounding."""
+    values, returns, squares, errors = (_token_mean(steps, name) for name in ("value_mean", "return_mean", "return_square", "error_square"))
+    spread = squares - returns**2
+    return 0.0 if spread <= EQUAL_RETURNS * squares else 1 - (errors - (returns - values) ** 2) / spread
+
+
+def _taken(steps: Sequence[Stats]) -> Sequence[Stats]:
+    """The steps that an iteration's figures are over: those that were taken, or all where all were skipped."""
+    return [item for item in steps if not item.skipped] or steps
+
+
+def _token_mean(steps: Sequence[UpdateStats] | Sequence[ValueStats], field: str) -> float:
+    return _mean([getattr(item, field) for item in steps], [item.num_tokens for item in steps])
+
+
+def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """Of equal values that value; nan of nothing. Unlike those of `statistics` it takes what is not finite."""
+    if not values or len(set(values)) == 1:
+        return values[0] if values else math.nan
+    weights = weights or [1.0] * len(values)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _largest(values: Sequence[float]) -> float:
+    """nan where there is one."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def refit_metrics(receipt: RefitReceipt) -> Metrics:
     """One hand-over of weights."""
     return {"refit/bytes": float(receipt.nbytes), "refit/seconds_s": receipt.seconds}
-
-
-def combine_steps(rows: Sequence[Metrics]) -> Metrics:
-    """Each figure over the optimizer steps of an iteration: maxima stay maxima, counts add up, the rest is a mean."""
-    return {name: _COMBINE.get(name, fmean)([row[name] for row in rows]) for name in rows[0]}
-
-
-_COMBINE: dict[str, Callable[[list[float]], float]] = {
-    "update/ratio_max": max,
-    "update/mismatch_max_nats": max,
-    "update/trained_tokens": sum,
-    "update/skipped_steps": sum,
-    "critic/skipped_steps": sum,
-}
 
 
 class Console:
@@ -174,18 +194,18 @@ class RunLog(Console):
         super().__init__()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [line for line in (path.read_text().splitlines() if path.exists() else []) if _is_finished(line, finished)]
-        replace_text(path, "".join(f"{line}\n" for line in kept))
+        keep_rows(path, lambda row: _is_finished(row, finished))
         self._rows = path.open("a")
         self._unit = next(iter(finished))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=finished[self._unit] + 1)
 
     def write(self, unit: str, number: int, metrics: Metrics) -> None:
-        """Figures of iteration or step `number`; `unit` is `iteration` or `step`."""
-        self._rows.write(json.dumps({unit: number, "time": round(time.time(), 3), **metrics}) + "\n")
+        """Figures of iteration or step `number`; `unit` is `iteration` or `step`. Tensorboard has no point where one is not finite."""
+        self._rows.write(to_json({unit: number, "time": round(time.time(), 3), **metrics}) + "\n")
         self._rows.flush()
         for name, value in metrics.items() if unit == self._unit else ():
-            self._board.add_scalar(name, value, number)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, number)
 
     def close(self) -> None:
         """Flush everything."""
@@ -238,11 +258,7 @@ class Stopwatch:
         return metrics
 
 
-def _is_finished(line: str, finished: Mapping[str, int]) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:  # cut off by the end of the earlier process
-        return False
+def _is_finished(row: Mapping[str, Any], finished: Mapping[str, int]) -> bool:
     return all(row[unit] <= count for unit, count in finished.items() if unit in row)
 
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_r1z.types import are_equal
+
 if TYPE_CHECKING:
     from megatron_r1z.config import AlgorithmConfig, KlEstimator
     from megatron_r1z.packing import MicroBatch
@@ -51,27 +53,31 @@ class Objective(Aggregation):
 
 
 def centred(rewards_G: Sequence[float]) -> list[float]:
-    """Reward minus group mean: Dr. GRPO. An all-equal group gives exact zeros, which packing leaves out, whatever rounding does."""
-    mean = rewards_G[0] if len(set(rewards_G)) == 1 else fmean(rewards_G)
+    """Reward minus group mean: Dr. GRPO. A group that is equal but for rounding gives exact zeros, which packing leaves out."""
+    if are_equal(rewards_G):
+        return [reward - reward for reward in rewards_G]  # nan for what is not finite, so that its step is skipped
+    mean = fmean(rewards_G)
     return [reward - mean for reward in rewards_G]
 
 
 def standardised(rewards_G: Sequence[float]) -> list[float]:
-    """Centred and divided by the group's unbiased standard deviation: GRPO. An all-equal group gives zeros."""
+    """Centred and divided by the group's unbiased standard deviation: GRPO. A group that is equal but for rounding gives zeros."""
+    if are_equal(rewards_G):  # its standard deviation is noise, or there is none
+        return centred(rewards_G)
     scale = stdev(rewards_G) + STD_EPSILON
     return [value / scale for value in centred(rewards_G)]
 
 
 def leave_one_out(rewards_G: Sequence[float]) -> list[float]:
-    """Reward minus the mean of the other samples, which is the centred advantage times G / (G - 1): RLOO."""
-    factor = len(rewards_G) / (len(rewards_G) - 1)
+    """Reward minus the mean of the other samples, which is the centred advantage times G / (G - 1): RLOO. 0 without others."""
+    factor = len(rewards_G) / max(len(rewards_G) - 1, 1)
     return [value * factor for value in centred(rewards_G)]
 
 
 def token_rewards(reward: float, length: int, kl_coef: float, divergences_L: Sequence[float] | None) -> list[float]:
     """The reward of a response at its last token and, where there are divergences, each token's price for its own."""
     rewards = [-kl_coef * value for value in divergences_L] if divergences_L else [0.0] * length
-    return [*rewards[:-1], rewards[-1] + reward]
+    return [*rewards[:-1], rewards[-1] + reward] if rewards else []
 
 
 def estimated(rewards_L: Sequence[float], values_L: Sequence[float], decay: float) -> list[float]:

@@ -143,9 +143,9 @@ def pack(
     Every rank computes the whole assignment from the same samples, so nothing is communicated: samples to data-parallel ranks of about
     equal cost, then each one's to the fewest micro-batches within the budget that serve all, of about equal T; context-parallel ranks
     share each micro-batch. Samples with advantage 0 have neither loss nor gradient under any objective of the table: they are left out of
-    the forward pass, and stay in N and D.
+    the forward pass, and stay in N and D. So are those without a response token, of which nothing is asked.
     """
-    trained = [sample for sample in samples if sample.has_gradient or not skip_zero_advantage]
+    trained = [sample for sample in samples if sample.response_length and (sample.has_gradient or not skip_zero_advantage)]
     pad = _Padding.of(trained, rules)
     ranks = _split_samples(trained, rules, pad)
     sizes = [[min(pad.length(sample), rules.micro_batch_tokens) for sample in rank_samples] for rank_samples in ranks]

@@ -158,9 +158,9 @@ def loss_sums(run: Pretraining, documents: Sequence[Document]) -> tuple[float, i
 
 
 def _record(run: Pretraining, stats: UpdateStats, watch: Stopwatch) -> None:
-    metrics = update_metrics(stats)
+    metrics = update_metrics([stats])
     names = ("loss", "grad_norm", "learning_rate", "entropy_nats", "trained_tokens", "skipped_steps")
-    metrics = {f"pretrain/{name}": metrics[f"update/{name}"] for name in names} | watch.lap()
+    metrics = {f"pretrain/{name}": metrics[f"update/{name}"] for name in names if f"update/{name}" in metrics} | watch.lap()
     run.log.write("step", run.state.step, metrics)
     if run.state.step % ROW_EVERY == 0 or run.state.step in (1, run.config.corpus.steps):
         run.log.row(

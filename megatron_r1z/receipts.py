@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from megatron_r1z.result_files import keep_rows, to_json
 from megatron_r1z.types import RefitReceipt
+
+RECEIPTS = "refits.jsonl"
+
+
+def drop_receipts(folder: Path, version: int) -> None:
+    """Take the rows from `version` on out of the file: a run that goes on at it hands it over again, and those after it."""
+    if (folder / RECEIPTS).exists():
+        keep_rows(folder / RECEIPTS, lambda row: row["policy_version"] < version)
 
 
 def save_receipt(folder: Path, receipt: RefitReceipt) -> None:
-    """Add a row to the file of a run folder; a run that goes on hands its last version over again, which is a row of its own."""
+    """Add a row to the file of a run folder."""
     row = {
         "policy_version": receipt.policy_version,
         "bytes": receipt.nbytes,
@@ -18,5 +26,5 @@ def save_receipt(folder: Path, receipt: RefitReceipt) -> None:
         "round_seconds": [round(seconds, 6) for seconds in receipt.round_seconds],
         "digests": dict(receipt.digests),
     }
-    with (folder / "refits.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with (folder / RECEIPTS).open("a", encoding="utf-8") as file:
+        file.write(to_json(row) + "\n")

@@ -1,12 +1,26 @@
-"""Every response of a run on disk, enough to recompute its updates without this package: `rollouts/iter_000012.jsonl.zst`."""
+"""Every response of a run on disk: `rollouts/iter_000012.jsonl.zst`.
+
+With the weights before the iteration (of policy, reference model and critic, as far as there are), which give all log-probs but the
+engine's, a file is enough to compute the updates of its iteration again without this package.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_r1z.result_files import to_json
 from megatron_r1z.types import GradedGroup, Sample
+
+ROLLOUTS = "rollouts"
+"""Folder of these files in that of a run."""
+
+
+def drop_rollouts(folder: Path, iteration: int) -> None:
+    """Delete the files from `iteration` on: a run that goes on there samples them again."""
+    for path in folder.glob("iter_*.jsonl.zst"):
+        if int(path.name.removesuffix(".jsonl.zst").removeprefix("iter_")) >= iteration:
+            path.unlink()
 
 
 def save_rollouts(
@@ -20,7 +34,7 @@ def save_rollouts(
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = iter(samples)
-    lines = [json.dumps(_row(item, index, next(rows), step_of)) for item in graded for index in range(len(item.verdicts))]
+    lines = [to_json(_row(item, index, next(rows), step_of)) for item in graded for index in range(len(item.verdicts))]
     payload = zstandard.compress("".join(f"{line}\n" for line in lines).encode(), 3)
     (folder / f"iter_{iteration:06d}.jsonl.zst").write_bytes(payload)
 
@@ -42,6 +56,8 @@ def _row(item: GradedGroup, index: int, sample: Sample, step_of: Mapping[str, in
         "reward": verdict.reward,
         "extra_rewards": dict(verdict.extra),
         "advantage": sample.advantage,
+        "is_counted": sample.is_counted,
+        **({"values": sample.values} if sample.values else {}),
         "policy_version": response.policy_version,
         "step": step_of[sample.sample_id],
     }

@@ -7,13 +7,12 @@ through is left alone. Standard library and the YAML reader only.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,6 +22,7 @@ import yaml
 
 from megatron_r1z.config import TrainConfig, load_config
 from megatron_r1z.errors import ConfigError
+from megatron_r1z.result_files import read_rows, to_json
 from megatron_r1z.supervisor import STOPPED
 from megatron_r1z.tables import align
 
@@ -181,11 +181,11 @@ def is_through(cell: Cell) -> bool:
 
 def score(cell: Cell) -> Score:
     """Read what a run has done so far from its `metrics.jsonl`."""
-    rows = list(_rows(cell.folder / "metrics.jsonl"))
+    rows = read_rows(cell.folder / "metrics.jsonl")
     rewards = [(int(row["iteration"]), row["rollout/reward_mean"]) for row in rows if "rollout/reward_mean" in row]
     points = []
     for row in rows:
-        accuracies = [value for name, value in row.items() if re.fullmatch(r"evaluation/.*_accuracy", name)]
+        accuracies = [value for name, value in row.items() if re.fullmatch(r"evaluation/.*_accuracy", name) and value is not None]
         if accuracies:
             points.append((int(row["iteration"]), statistics.fmean(accuracies)))
     best = max(points, key=lambda point: point[1], default=None)
@@ -221,7 +221,7 @@ def write(axes: Sequence[Axis], cells: Sequence[Cell], scores: Sequence[Score]) 
         {"labels": dict(zip([axis.title for axis in axes], cell.labels, strict=True)), "folder": str(cell.folder), **vars(found)}
         for cell, found in zip(cells, scores, strict=True)
     ]
-    (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (folder / FIGURES_FILE).write_text(to_json(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def _grid(axes: Sequence[Axis], scores: Sequence[Score]) -> str:
@@ -240,9 +240,3 @@ def _percent(value: float | None) -> str:
 
 def _first_values(axes: Sequence[Axis]) -> list[str]:
     return [text for axis in axes for text in axis.overrides(axis.values[0])]
-
-
-def _rows(path: Path) -> Iterable[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)

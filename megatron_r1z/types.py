@@ -5,6 +5,7 @@ Frozen, one per stage, and complete: a `Sample` cannot exist without its advanta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -99,6 +100,22 @@ class Verdict:
     """Name and value of each extra reward, before its weight."""
 
 
+UNJUDGED = frozenset({VerdictKind.TIMEOUT, VerdictKind.ERROR})
+"""Verdicts that say something of the grader, and nothing of the response."""
+SAME_SHARE, SAME_SIZE = 1e-6, 1e-9
+"""Rewards that differ by no more than this share of the largest, or by no more than this, are equal: rounding makes such differences, in
+float32 too, and sums of rewards that cancel make the second kind."""
+
+
+def are_equal(rewards: Sequence[float]) -> bool:
+    """Whether rewards are all the same but for rounding; none are, and so is one.
+
+    >>> are_equal([0.1 + 0.2, 0.3]), are_equal([0.1 + 0.2 - 0.3, 0.0]), are_equal([1.0, 1.00001])
+    (True, True, False)
+    """
+    return not rewards or math.isclose(min(rewards), max(rewards), rel_tol=SAME_SHARE, abs_tol=SAME_SIZE)
+
+
 @dataclass(frozen=True, slots=True)
 class GradedGroup:
     """A group and one verdict per response, in the same order."""
@@ -107,9 +124,25 @@ class GradedGroup:
     verdicts: tuple[Verdict, ...]
 
     @property
+    def is_judged(self) -> tuple[bool, ...]:
+        """For each response whether its reward is one that it has earned.
+
+        Not where the engine gave the request up, where there is no token, or where grading failed: such a response is no sample.
+        """
+        return tuple(
+            response.length > 0 and response.finish_reason is not FinishReason.ABORT and verdict.kind not in UNJUDGED
+            for response, verdict in zip(self.group.responses, self.verdicts, strict=True)
+        )
+
+    @property
+    def rewards(self) -> list[float]:
+        """Of the responses that were judged."""
+        return [verdict.reward for verdict, is_judged in zip(self.verdicts, self.is_judged, strict=True) if is_judged]
+
+    @property
     def is_mixed(self) -> bool:
-        """Whether its rewards are not all equal; only then it has a gradient."""
-        return len({verdict.reward for verdict in self.verdicts}) > 1
+        """Whether the rewards of those that were judged are not all equal; only then it has a gradient."""
+        return not are_equal(self.rewards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +202,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
-    """What one optimizer step did; every figure is reduced over all ranks, so equal on all of them."""
+    """What one optimizer step did; every figure is reduced over all ranks, so equal on all of them.
+
+    Shares, means, maxima and percentiles are over the response tokens that went through the forward pass; nan where there were none.
+    """
 
     loss: float
     grad_norm: float
@@ -210,7 +246,10 @@ class UpdateStats:
 
 @dataclass(frozen=True, slots=True)
 class ValueStats:
-    """What one optimizer step of the critic did; every figure is reduced over all ranks, so equal on all of them."""
+    """What one optimizer step of the critic did; every figure is reduced over all ranks, so equal on all of them.
+
+    Shares and means are over the response tokens that went through the forward pass; nan where there were none.
+    """
 
     loss: float
     grad_norm: float
@@ -220,8 +259,12 @@ class ValueStats:
     """Share of response tokens whose loss is the clipped one."""
     value_mean: float
     return_mean: float
-    explained_variance: float
-    """1 less the variance of return minus value over that of the return, over response tokens; 0 where all returns are equal."""
+    return_square: float
+    """Mean of the squared return."""
+    error_square: float
+    """Mean of the squared difference of return and value."""
+    num_tokens: int
+    """Response tokens that went through the forward pass."""
     skipped: bool
     """True when a loss or gradient that is not finite left the weights as they were."""
     non_finite: tuple[str, ...] = ()

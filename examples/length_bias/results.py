@@ -47,7 +47,7 @@ class Quantity:
         >>> RIGHT.mean([{"rollout/length_right_tokens": 20.0, "grading/correct_share": 0.5}, {"grading/correct_share": 0.0}])
         20.0
         """
-        present = [row for row in rows if self.name in row]
+        present = [row for row in rows if row.get(self.name) is not None]
         weight = sum(map(self.share, present))
         return sum(row[self.name] * self.share(row) for row in present) / weight if weight else float("nan")
 

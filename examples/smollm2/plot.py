@@ -23,7 +23,7 @@ def main() -> None:
     """Read metrics.jsonl of the run folder and write the picture."""
     folder, picture = Path(sys.argv[1]), Path(sys.argv[2])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    iterations = [row for row in rows if "rollout/reward_mean" in row]
+    iterations = [row for row in rows if row.get("rollout/reward_mean") is not None]  # null where nothing was judged
     evaluations = [row for row in rows if any(key.startswith("evaluation/") for key in row)]
     print_table(iterations, evaluations)
     draw(iterations, evaluations, picture)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from megatron_r1z.evaluate import Evaluation, evaluate_set
 from megatron_r1z.metrics import Console
 from megatron_r1z.prompts import Question, load_questions, name_sources
 from megatron_r1z.protocols import Sampler, Sampling
-from megatron_r1z.result_files import replace_text
+from megatron_r1z.result_files import replace_text, to_json
 from megatron_r1z.scores import QuestionResult, powers_up_to
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import Group, Prompt
@@ -121,6 +120,6 @@ def _write(config: AnalyseConfig, figures: Sequence[CellFigures], log: Console) 
     pictures = draw(figures, config.folder)
     if not pictures:
         log.say("no plots, since matplotlib is not installed; run `pip install matplotlib` and the same command again")
-    replace_text(config.folder / "analysis.json", json.dumps(make_tree(config, figures), indent=1) + "\n")
+    replace_text(config.folder / "analysis.json", to_json(make_tree(config, figures), indent=1) + "\n")
     replace_text(config.folder / "report.md", render(config, figures, pictures))
     log.say("\n" + summarise(figures) + "\n")

@@ -24,7 +24,7 @@ from megatron_r1z.packing import GlobalBatch, MicroBatch
 from megatron_r1z.policy import step
 from megatron_r1z.policy.cpu import megatron_device, release_free_memory
 from megatron_r1z.policy.model import ValueModel, build_chunks
-from megatron_r1z.policy.trained import CRITIC_PREFIX, Settings, TrainedModel
+from megatron_r1z.policy.trained import CRITIC_PREFIX, Settings, Taken, TrainedModel
 from megatron_r1z.types import ValueStats
 
 HEAD = "output_layer.weight"
@@ -68,21 +68,7 @@ class MegatronCritic(TrainedModel):
         parts = self._passes(batch)
         sums = ValueSums(*step.sum_over_ranks([part.sums for part in parts], len(fields(ValueSums))))
         culprits = () if math.isfinite(sums.loss) else step.non_finite_over_ranks([(part.batch, part.losses_R) for part in parts])
-        taken = self.take_step(sums.loss)
-        tokens = max(sums.tokens, 1.0)
-        spread = sums.squared_return - sums.return_**2 / tokens
-        error = sums.squared_error - sums.error**2 / tokens
-        return ValueStats(
-            loss=sums.loss / batch.denominator,
-            grad_norm=taken.grad_norm,
-            learning_rate=taken.learning_rate,
-            clip_fraction=sums.clipped / tokens,
-            value_mean=sums.value / tokens,
-            return_mean=sums.return_ / tokens,
-            explained_variance=1 - error / spread if spread > 0 else 0.0,
-            skipped=taken.skipped,
-            non_finite=culprits,
-        )
+        return _stats(sums, batch.denominator, self.take_step(sums.loss), culprits)
 
     def _passes(self, batch: GlobalBatch) -> list[_Tallies]:
         """Forward and backward: accumulates the gradient of a step."""
@@ -109,9 +95,8 @@ class ValueSums:
     value: float
     return_: float
     squared_return: float
-    error: float
-    """Return minus value."""
     squared_error: float
+    """Of return minus value."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +120,29 @@ def _micro_batch_loss(batch: MicroBatch, value_clip: float, values_R: Tensor) ->
         "value": values,
         "return_": returns,
         "squared_return": returns**2,
-        "error": returns - values,
         "squared_error": (returns - values) ** 2,
     }
     sums = torch.stack([by_name[field.name].double().sum() for field in fields(ValueSums)])
     denominator = torch.tensor(batch.denominator, dtype=torch.int, device=values.device)
     return losses_R.sum(), denominator, _Tallies(batch, sums, losses_R.detach())
+
+
+def _stats(sums: ValueSums, denominator: int, taken: Taken, non_finite: tuple[str, ...]) -> ValueStats:
+    """Sums to means over response tokens."""
+
+    def mean(total: float) -> float:
+        return total / sums.tokens if sums.tokens else math.nan
+
+    return ValueStats(
+        loss=sums.loss / denominator,
+        grad_norm=taken.grad_norm,
+        learning_rate=taken.learning_rate,
+        clip_fraction=mean(sums.clipped),
+        value_mean=mean(sums.value),
+        return_mean=mean(sums.return_),
+        return_square=mean(sums.squared_return),
+        error_square=mean(sums.squared_error),
+        num_tokens=int(sums.tokens),
+        skipped=taken.skipped,
+        non_finite=non_finite,
+    )

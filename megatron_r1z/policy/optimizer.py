@@ -71,14 +71,19 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then constant, linear or cosine; one unit is one optimizer step."""
+    """Linear warm-up, then constant, linear or cosine; one unit is one optimizer step.
+
+    Megatron's warm-up of n steps begins at `init_lr` and is through after n steps: from a part in n + 1 it rises by one part a step, and no
+    step has learning rate 0, which would waste the samples of it.
+    """
+    decays = config.schedule != "constant"
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=config.lr / (config.warmup_steps + 1),
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=config.decay_steps or ENDLESS_STEPS,
+        lr_decay_steps=config.decay_steps if decays and config.decay_steps else ENDLESS_STEPS,
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

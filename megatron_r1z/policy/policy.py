@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -113,25 +114,28 @@ class MegatronPolicy(TrainedModel):
 def _stats(figures: step.StepFigures, denominator: int, taken: Taken) -> UpdateStats:
     """Sums to means over response tokens."""
     sums = figures.sums
-    tokens = max(sums.tokens, 1.0)
+
+    def mean(total: float) -> float:
+        return total / sums.tokens if sums.tokens else math.nan
+
     return UpdateStats(
         loss=sums.loss / denominator,
         grad_norm=taken.grad_norm,
         learning_rate=taken.learning_rate,
-        clip_fraction=sums.clipped / tokens,
-        clipped_high=sums.clipped_high / tokens,
-        clipped_low=sums.clipped_low / tokens,
-        dual_clipped=sums.dual_clipped / tokens,
-        tis_weight=sums.importance / tokens,
-        tis_truncated=sums.truncated / tokens,
-        ratio_mean=sums.ratio / tokens,
-        ratio_max=figures.ratio_max,
-        entropy=sums.entropy / tokens,
-        sampler_kl=sums.sampler_kl / tokens,
-        reference_kl=sums.reference_kl / tokens,
-        mismatch_mean=sums.mismatch / tokens,
-        mismatch_p999=figures.mismatch_p999,
-        mismatch_max=figures.mismatch_max,
+        clip_fraction=mean(sums.clipped),
+        clipped_high=mean(sums.clipped_high),
+        clipped_low=mean(sums.clipped_low),
+        dual_clipped=mean(sums.dual_clipped),
+        tis_weight=mean(sums.importance),
+        tis_truncated=mean(sums.truncated),
+        ratio_mean=mean(sums.ratio),
+        ratio_max=figures.ratio_max if sums.tokens else math.nan,
+        entropy=mean(sums.entropy),
+        sampler_kl=mean(sums.sampler_kl),
+        reference_kl=mean(sums.reference_kl),
+        mismatch_mean=mean(sums.mismatch),
+        mismatch_p999=figures.mismatch_p999 if sums.tokens else math.nan,
+        mismatch_max=figures.mismatch_max if sums.tokens else math.nan,
         num_tokens=int(sums.tokens),
         skipped=taken.skipped,
         non_finite=figures.non_finite,

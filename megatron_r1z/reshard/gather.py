@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_r1z import ranks
 from megatron_r1z.layout.blocks import Block, Layout
 from megatron_r1z.layout.families import ModelShape, TensorSpec, hf_tensors
 from megatron_r1z.layout.plan import make_plan
@@ -51,9 +52,10 @@ class WholeTensors:
         self._weights = weights
         self._rank = rank
         self._timeout_s = timeout_s
-        ranks = sorted(source.parameters)
+        everyone, per_node = sorted(source.parameters), ranks.per_node()
         self._groups = [list(group) for _, group in groupby(self.specs, key=lambda spec: tensor_group(spec.name))]
-        self._parts = [make_plan(source, _whole(group, ranks), dtype.itemsize).of_rank(rank) for group in self._groups]
+        plans = (make_plan(source, _whole(group, everyone), dtype.itemsize, ranks_per_node=per_node) for group in self._groups)
+        self._parts = [plan.of_rank(rank) for plan in plans]
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ from megatron_r1z.shared_memory import SharedTensors
 
 
 def plans_by_format(
-    source: Layout, destination: Layout, matrices: Collection[str], dtype: torch.dtype, round_bytes: int
+    source: Layout, destination: Layout, matrices: Collection[str], dtype: torch.dtype, round_bytes: int, ranks_per_node: int
 ) -> list[tuple[torch.dtype, Plan]]:
     """The plans of a `Refit`: one if no matrix goes over in FP8, otherwise of all else, of the matrices, and of their scales.
 
@@ -28,10 +28,11 @@ def plans_by_format(
         matrices: what goes over in FP8 (`layout/fp8.fp8_matrices`).
         dtype: number format of everything else.
         round_bytes: bound of a rank's buffer.
+        ranks_per_node: consecutive ranks that share a node; what a rank lacks comes from its own node where that has it.
     """
     layouts = zip(by_format(source, matrices), by_format(destination, matrices), strict=True)
     return [
-        (number_format, make_plan(mine, theirs, number_format.itemsize, round_bytes))
+        (number_format, make_plan(mine, theirs, number_format.itemsize, round_bytes, ranks_per_node))
         for number_format, (mine, theirs) in zip(dtypes_by_format(dtype), layouts, strict=True)
         if mine.blocks
     ]

@@ -72,7 +72,7 @@ def main(model: Path, policy_format: str, tp: int, engine_tp: int, output: Path)
             not_in_fp8=tuple(modules_to_not_convert(shape, matrices)),
         )
     )
-    plans = plans_by_format(source, destination, matrices, torch.float32, 20_000)
+    plans = plans_by_format(source, destination, matrices, torch.float32, 20_000, num_ranks)
     refit = Refit(plans, rank, QuantisedSource(policy.parameters, fp8_parameters(source, rank, matrices)), engine)
     refit(0)
     for tensor in policy.parameters().values():

@@ -69,6 +69,11 @@ def newest_checkpoint(folder: Path) -> str:
     return (folder / "checkpoints" / "latest").read_text().strip()
 
 
+def versions_of(folder: Path) -> list[int]:
+    """In `refits.jsonl`."""
+    return [json.loads(row)["policy_version"] for row in (folder / "refits.jsonl").read_text().splitlines()]
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "hf" / "final" / "model.safetensors")
 
@@ -199,6 +204,7 @@ def test_resumed_run_goes_on_from_the_checkpoint(resumed: tuple[Path, Any, int, 
     assert (outcome.status, outcome.stderr) == (0, "")
     assert f"step_{iteration:06d}: {iteration} of {ITERATIONS} iterations done" in outcome.stdout
     assert newest_checkpoint(folder) == f"step_{ITERATIONS:06d}"
+    assert versions_of(folder) == list(range(ITERATIONS + 1))
     assert left_nothing(outcome)
 
 
@@ -219,6 +225,8 @@ def test_checkpoint_goes_on_under_another_layout(unbroken: tuple[Path, Any], tra
     outcome = cli.run("train", *training, *PP2, "rollout.tensor_parallel_size=2", "algorithm.iterations=6", f"logging.folder={folder}")
     assert (outcome.status, outcome.stderr) == (0, "")
     assert "step_000004: 4 of 6 iterations done" in outcome.stdout
+    assert versions_of(folder) == list(range(7))
+    assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [f"iter_{number:06d}.jsonl.zst" for number in range(6)]
     found, expected = iterations_of(folder), iterations_of(original)[:6]
     assert [row["iteration"] for row in found] == list(range(1, 7))
     for mine, row in zip(found[4:], expected[4:], strict=True):  # the second of them also by the optimizer's state
@@ -240,7 +248,9 @@ def test_iteration_takes_several_optimizer_steps(two_steps: dict[str, tuple[Path
     assert [row["update/clip_fraction"] > 0 for row in steps] == [False, True, False, True]
     assert all(row["update/ratio_max"] == pytest.approx(1, abs=1e-4) for row in steps[::2])  # no weight has moved since the rollout
     for row, first, second in zip(iterations_of(folder), steps[::2], steps[1::2], strict=True):
-        assert row["update/clip_fraction"] == pytest.approx((first["update/clip_fraction"] + second["update/clip_fraction"]) / 2)
+        tokens = [step["update/trained_tokens"] for step in (first, second)]
+        clipped = sum(step["update/clip_fraction"] * count for step, count in zip((first, second), tokens, strict=True))
+        assert row["update/clip_fraction"] == pytest.approx(clipped / sum(tokens))
         assert {sample["step"] for sample in rollouts_of(folder, int(row["iteration"]) - 1)} == {0, 1}
 
 

@@ -383,6 +383,24 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
         ),
         (["optimizer.lr=0"], "optimizer.lr is 0.0; it must be above 0."),
         (["optimizer.schedule=cosine"], "optimizer: schedule cosine needs decay_steps."),
+        (
+            ["optimizer.schedule=linear", "optimizer.decay_steps=0"],
+            "optimizer: schedule linear decays from the end of the warm-up, after 0 steps, to decay_steps, which is 0; "
+            "set it to at least 1.",
+        ),
+        (
+            ["optimizer.schedule=cosine", "optimizer.decay_steps=20", "optimizer.warmup_steps=20"],
+            "optimizer: schedule cosine decays from the end of the warm-up, after 20 steps, to decay_steps, which is 20; "
+            "set it to at least 21.",
+        ),
+        (
+            ["rollout.temperature=0.005"],
+            "rollout has temperature 0.005, which vLLM would raise to 0.01 on its own; use at least that.",
+        ),
+        (
+            ["evaluation.temperature=0.009"],
+            "evaluation has temperature 0.009, which vLLM would raise to 0.01 on its own; use at least that.",
+        ),
         (["checkpoint.every=0"], "checkpoint.every is 0; it must be above 0."),
         (["evaluation.samples=0"], "evaluation.samples is 0; it must be above 0."),
         (
@@ -420,6 +438,7 @@ ANALYSIS = {"model": {"path": "m"}, "logging": {"folder": "runs/x"}, "analysis":
     [
         ({"templates": []}, "analysis.templates is empty; give at least one."),
         ({"temperatures": [1.0, 0.5, 1.0]}, "analysis.temperatures names 1.0 twice; remove one."),
+        ({"temperatures": [1.0, 0.001]}, "analysis has temperature 0.001, which vLLM would raise to 0.01 on its own; use at least that."),
         ({"samples": 4, "k": [1, 8]}, "analysis.k is [1, 8]; each must be at least 1 and at most analysis.samples, which is 4."),
         ({"keywords": ["recheck", ""]}, "analysis.keywords has an empty one, which every response contains; remove it."),
         ({"templates": ["few_shot"]}, "analysis: template few_shot and shots_path go together; give both or neither."),

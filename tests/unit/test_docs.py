@@ -50,12 +50,12 @@ def produced_by_the_stages() -> set[str]:
     prompt = Prompt("set/0", "?", (1,), ("2",), "set")
     responses = tuple(Response("2", (2,), (-0.1,), FinishReason.STOP, 0) for _ in range(2))
     verdicts = (Verdict(VerdictKind.CORRECT, 1.0, "2", (("<name>", 0.5),)), Verdict(VerdictKind.WRONG, 0.0, "3"))
-    stats = UpdateStats(*[0.1] * 17, num_tokens=2, skipped=False)
+    stats = [UpdateStats(*[0.1] * 17, num_tokens=2, skipped=False)]
     return {
         *metrics.rollout_metrics([GradedGroup(Group(0, prompt, responses), verdicts)]),
         *metrics.penalty_metrics({"0/0": [0.1]}),
         *metrics.update_metrics(stats),
-        *metrics.critic_metrics(ValueStats(*[0.1] * 7, skipped=False)),
+        *metrics.critic_metrics([ValueStats(*[0.1] * 8, num_tokens=2, skipped=False)]),
         *metrics.refit_metrics(RefitReceipt(1, 100, 0.1, (0.1,), ())),
     }
 

@@ -45,7 +45,7 @@ def test_waves_hold_every_row_once_in_order(limit: int) -> None:
 @pytest.mark.parametrize("wave_bytes", [1, 700, 10**6])
 def test_the_plans_of_all_waves_write_every_element_once_and_keep_to_the_bound(topology: Topology, wave_bytes: int) -> None:
     source = megatron_layout(SHAPE, topology, 8)
-    waves = list(plan_waves(source, plan_shards(SHAPE, topology.num_ranks, 2, 5000), 2, wave_bytes))
+    waves = list(plan_waves(source, plan_shards(SHAPE, topology.num_ranks, 2, 5000), 2, wave_bytes, 8))
     assert sum(wave.nbytes for wave in waves) == sum(spec.numel for spec in hf_tensors(SHAPE)) * 2
     longest_row = max(spec.numel // spec.shape[0] for spec in hf_tensors(SHAPE)) * 2
     for wave in waves:
@@ -61,4 +61,4 @@ def test_a_layout_that_lacks_a_tensor_is_refused() -> None:
     whole = megatron_layout(SHAPE, Topology(1), 8)
     source = Layout(whole.name, tuple(block for block in whole.blocks if block.tensor != "model.norm.weight"), whole.parameters)
     with pytest.raises(RefitError, match=r"lacks part of tensor model.norm.weight"):
-        list(plan_waves(source, plan_shards(SHAPE, 1, 2, 5000), 2, 1000))
+        list(plan_waves(source, plan_shards(SHAPE, 1, 2, 5000), 2, 1000, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +18,19 @@ from hypothesis import strategies as st
 
 pytest.importorskip("megatron.core")
 
+from megatron_r1z import loop
 from megatron_r1z.config import AlgorithmConfig, TrainConfig, make_config
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.loop import Estimates, Run, choose_groups, make_batches, make_estimates, make_samples, sample_groups
-from megatron_r1z.metrics import SilentLog
-from megatron_r1z.objective import OBJECTIVES, centred, estimated
+from megatron_r1z.loop import Estimates, Run, RunState, choose_groups, make_batches, make_estimates, make_samples, sample_groups
+from megatron_r1z.metrics import Metrics, SilentLog
+from megatron_r1z.objective import AGGREGATIONS, OBJECTIVES, centred, estimated
 from megatron_r1z.packing import MicroBatch, PackingRules
 from megatron_r1z.protocols import Sampling
-from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Sample, Verdict, VerdictKind
+from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, RefitReceipt, Response, Sample, UpdateStats, Verdict, VerdictKind
 
 BUDGET = 50
 DEFAULT = AlgorithmConfig(iterations=1)
+STATS = UpdateStats(*[0.1] * 17, num_tokens=2, skipped=False)
 
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -146,6 +149,108 @@ def test_a_kl_term_or_an_entropy_bonus_has_all_counted_samples_trained() -> None
             trained = {sample_id for item in batch.micro_batches for sample_id in item.sample_ids}
             assert {int(sample_id[0]) for sample_id in trained} == ({0, 3} if filters else {0, 1, 2, 3})
             assert len(trained) == batch.num_samples == (6 if filters else 12)
+
+
+LOST = {
+    "aborted": lambda response, verdict: (replace(response, finish_reason=FinishReason.ABORT), verdict),
+    "aborted before its first token": lambda response, verdict: (
+        replace(response, finish_reason=FinishReason.ABORT, token_ids=(), logprobs=(), text=""),
+        verdict,
+    ),
+    "without a token": lambda response, verdict: (replace(response, token_ids=(), logprobs=(), text=""), verdict),
+    "timeout": lambda response, _verdict: (response, Verdict(VerdictKind.TIMEOUT, 0.0, "7")),
+    "error": lambda response, _verdict: (response, Verdict(VerdictKind.ERROR, 0.0, None)),
+}
+"""What may become of a response that says nothing of the policy."""
+
+
+def with_lost(item: GradedGroup, lost: Sequence[str | None]) -> GradedGroup:
+    pairs = [
+        (response, verdict) if how is None else LOST[how](response, verdict)
+        for response, verdict, how in zip(item.group.responses, item.verdicts, lost, strict=True)
+    ]
+    responses, verdicts = zip(*pairs, strict=True)
+    return GradedGroup(replace(item.group, responses=responses), verdicts)
+
+
+def without_lost(item: GradedGroup, lost: Sequence[str | None]) -> GradedGroup:
+    kept = [index for index, how in enumerate(lost) if how is None]
+    responses, verdicts = ([row[index] for index in kept] for row in (item.group.responses, item.verdicts))
+    return GradedGroup(replace(item.group, responses=tuple(responses)), tuple(verdicts))
+
+
+SWITCHES = (
+    {},
+    {"mask_truncated": True},
+    {"filter_groups": True},
+    {"kl_coef": 0.1},
+    {"entropy_coef": 0.1, "filter_groups": True},
+    {"kl_coef": 0.5, "kl_in": "reward", "kl_estimator": "k1"},
+)
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+@given(
+    rewards=st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=3, max_size=3), min_size=4, max_size=4),
+    lost=st.lists(st.lists(st.none() | st.sampled_from(list(LOST)), min_size=3, max_size=3), min_size=4, max_size=4),
+    switches=st.sampled_from(SWITCHES),
+)
+def test_a_step_with_responses_that_were_not_judged_is_the_step_without_them(
+    name: str, rewards: list[list[float]], lost: list[list[str | None]], switches: dict[str, Any]
+) -> None:
+    """Baseline, N, D and what is trained on; groups may be left with one response, or with none."""
+    if name == "ppo":
+        switches = {key: value for key, value in switches.items() if key not in ("mask_truncated", "filter_groups")}
+    whole = [graded(number, row, frozenset({1})) for number, row in enumerate(rewards)]
+    found, expected = (
+        step_over([change(item, row) for item, row in zip(whole, lost, strict=True)], name, switches)
+        for change in (with_lost, without_lost)
+    )
+    assert found == expected
+
+
+def step_over(groups: list[GradedGroup], name: str, switches: dict[str, Any]) -> tuple[Any, ...]:
+    """What a step over all samples of the groups is, whatever they are called."""
+    run = make_run(name, batch=12)
+    run.policy = Policies()  # type: ignore[assignment]
+    if name == "ppo":
+        run.critic = SimpleNamespace(values=lambda batches: [item.targets_R.float() / 500 for item in batches])  # type: ignore[assignment]
+    algorithm = replace(run.config.algorithm, **switches)
+    run.config = replace(run.config, algorithm=algorithm)
+    samples = make_samples(groups, run.objective, 0.7, algorithm, make_estimates(groups, run))
+    assert len(samples) == sum(len(item.group.responses) for item in groups), "rollouts/ has a row for each"
+    ((batch,), _) = make_batches(samples, run, 0) if any(sample.is_counted for sample in samples) else (([None]), None)
+    if batch is None:
+        assert not any(sample.has_gradient for sample in samples)
+        return (0, set(), [item.is_mixed for item in groups])
+    tokens = {
+        row
+        for item in batch.micro_batches
+        for row in zip(
+            *(values.tolist() for values in (item.targets_R, item.advantages_R, item.weights_R, item.values_R, item.returns_R)), strict=True
+        )
+    }
+    return batch.num_samples, tokens, [item.is_mixed for item in groups], batch.denominator
+
+
+def test_a_step_of_which_nothing_was_judged_is_a_step_without_a_gradient() -> None:
+    for name in AGGREGATIONS:
+        run = make_run(name, batch=12)
+        run.critic = SimpleNamespace(values=lambda batches: [item.targets_R.float() for item in batches])  # type: ignore[assignment]
+        groups = [with_lost(graded(number, [1.0, 0.0, 0.0]), list(LOST)[number % 3 : number % 3 + 3]) for number in range(4)]
+        samples = make_samples(groups, run.objective, 0.7, run.config.algorithm, make_estimates(groups, run))
+        ((batch,), step_of) = make_batches(samples, run, 0)
+        assert (batch.num_samples, len(step_of)) == (0, 12)
+        assert batch.denominator >= 1
+        assert sum(item.targets_R.numel() for item in batch.micro_batches) == 0
+
+
+def test_dynamic_sampling_goes_by_the_responses_that_were_judged() -> None:
+    """Else a time-out among right responses would make a group count as mixed, and be chosen before one that is."""
+    alike = with_lost(graded(0, [1.0, 1.0, 1.0]), [None, "timeout", None])
+    mixed = graded(1, [1.0, 0.0, 1.0])
+    assert [item.is_mixed for item in (alike, mixed)] == [False, True]
+    assert choose_groups([alike, mixed], 1) == [mixed]
 
 
 class Policies:
@@ -382,3 +487,43 @@ def test_iterations_go_on_from_the_state_and_end_when_asked(tmp_path: Path) -> N
         run.state = SimpleNamespace(iteration=iteration + 1)  # type: ignore[assignment]
     assert seen == [3, 4]
     assert list(make_run(stopped=True).iterations()) == []
+
+
+class Heard(SilentLog):
+    """A log that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.said: list[str] = []
+
+    def write(self, unit: str, number: int, metrics: Metrics) -> None:
+        self.rows.append({unit: number, **metrics})
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+def test_the_row_of_an_iteration_is_over_the_tokens_of_its_steps_and_what_teaches_nothing_is_said_once() -> None:
+    run = make_run()
+    run.log, run.state = Heard(), RunState(1, 3, {})
+    stats = [replace(STATS, entropy=value, num_tokens=tokens) for value, tokens in ((1.0, 30), (4.0, 10), (math.nan, 0))]
+    unformatted = Verdict(VerdictKind.UNFORMATTED, 0.0, None)
+    groups = [replace(item, verdicts=(unformatted,) * 3) for item in some_groups(4, 3)]
+    for _ in range(2):
+        loop._record(run, {}, stats, [], RefitReceipt(1, 0, 0.0, (), ()))
+        loop._advise(run, groups, make_samples(groups, run.objective, 0.7, DEFAULT))
+    *steps, iteration = run.log.rows[:4]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert [row.get("update/entropy_nats") for row in steps] == [1.0, 4.0, None]
+    assert (iteration["iteration"], iteration["update/entropy_nats"], iteration["update/trained_tokens"]) == (1, 1.75, 40)
+    assert [line.split(" ")[1:3] for line in run.log.said] == [["12", "of"], ["no", "sample"]]
+
+
+def test_waiting_for_the_groups_of_other_ranks_is_not_grading(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, script = make_run(prompts=1, samples=2, batch=2), Scripted([[[0.0, 1.0]]])
+    run.prompts = run.engine = run.grader = script  # type: ignore[assignment]
+    clock = iter(range(100))
+    monkeypatch.setattr("megatron_r1z.metrics.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("megatron_r1z.loop.ranks.gather", lambda items: [next(clock) for _ in range(7)] and items)
+    sample_groups(run, 3)
+    assert run.watch.lap() == {"time/rollout_s": 1.0, "time/grade_s": 1.0, "time/gather_s": 8.0}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing import event_accumulator
 
 from megatron_r1z.metrics import (
     RunLog,
     SilentLog,
     Stopwatch,
-    combine_steps,
-    grading_warning,
+    critic_metrics,
     refit_metrics,
     rollout_metrics,
     update_metrics,
@@ -27,6 +29,7 @@ from megatron_r1z.types import (
     RefitReceipt,
     Response,
     UpdateStats,
+    ValueStats,
     Verdict,
     VerdictKind,
 )
@@ -84,6 +87,7 @@ def test_rollout_metrics() -> None:
     assert metrics["rollout/truncated_share"] == pytest.approx(2 / 8)
     assert metrics["rollout/mixed_groups_share"] == pytest.approx(1 / 3)
     assert metrics["rollout/sampling_rounds"] == 1
+    assert metrics["rollout/unjudged_share"] == 0
     assert rollout_metrics([MIXED], 3) == rollout_metrics([MIXED]) | {"rollout/sampling_rounds": 3.0}
     assert metrics["rollout/length_right_tokens"] == pytest.approx(14 / 4)
     assert metrics["rollout/length_wrong_tokens"] == pytest.approx(42 / 4)
@@ -99,6 +103,20 @@ def test_the_verdicts_of_all_kinds_add_up_to_one() -> None:
     assert sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("lost", [VerdictKind.TIMEOUT, VerdictKind.ERROR])
+def test_what_was_not_judged_is_in_no_mean_of_rewards_or_lengths_by_outcome(lost: VerdictKind) -> None:
+    given_up = graded(3, (40, 0.0, lost), (2, 1.0, RIGHT), (8, 0.0, WRONG))
+    metrics = rollout_metrics([given_up])
+    assert metrics["rollout/reward_mean"] == 0.5
+    assert metrics["rollout/length_wrong_tokens"] == 8
+    assert metrics["rollout/length_mean_tokens"] == pytest.approx(50 / 3)
+    assert metrics["rollout/unjudged_share"] == metrics[f"grading/{lost.value}_share"] == pytest.approx(1 / 3)
+    nothing = rollout_metrics([graded(0, (4, 0.0, lost))])
+    assert math.isnan(nothing["rollout/reward_mean"])
+    assert nothing["rollout/unjudged_share"] == 1
+    assert "rollout/length_wrong_tokens" not in nothing
+
+
 @pytest.mark.parametrize(("groups", "absent"), [([ALL_RIGHT], "wrong"), ([ALL_WRONG], "right")])
 def test_a_mean_over_nothing_is_left_out(groups: list[GradedGroup], absent: str) -> None:
     metrics = rollout_metrics(groups)
@@ -107,7 +125,7 @@ def test_a_mean_over_nothing_is_left_out(groups: list[GradedGroup], absent: str)
 
 
 def test_update_and_refit_metrics() -> None:
-    metrics = update_metrics(STATS)
+    metrics = update_metrics([STATS])
     assert metrics["update/loss"] == 0.5
     assert metrics["update/grad_norm"] == 2.0
     assert metrics["update/skipped_steps"] == 1.0
@@ -121,22 +139,59 @@ def test_update_and_refit_metrics() -> None:
     assert refit_metrics(RefitReceipt(3, 4096, 0.5, (0.2, 0.3), ())) == {"refit/bytes": 4096.0, "refit/seconds_s": 0.5}
 
 
-def test_the_steps_of_an_iteration_together() -> None:
-    first, second = (
-        update_metrics(STATS),
-        update_metrics(replace(STATS, loss=1.5, ratio_max=1.2, mismatch_max=3e-2, num_tokens=80, skipped=False)),
-    )
-    found = combine_steps([first, second])
-    assert found["update/loss"] == 1.0
-    assert found["update/ratio_max"] == 1.5
-    assert found["update/mismatch_max_nats"] == 3e-2
-    assert found["update/trained_tokens"] == 200
-    assert found["update/skipped_steps"] == 1
-    assert found["update/entropy_nats"] == 3.0
-    assert combine_steps([first]) == first
+STEPS = st.lists(
+    st.builds(
+        lambda number, tokens, skipped: replace(STATS, loss=number, grad_norm=number, entropy=number, num_tokens=tokens, skipped=skipped),
+        st.floats(-5, 5),
+        st.integers(0, 100),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+)
 
 
-def rows(folder: Path) -> list[tuple[str, int, float]]:
+@given(steps=STEPS)
+def test_the_figures_of_an_iteration_are_over_its_steps_that_were_taken(steps: list[UpdateStats]) -> None:
+    """Means of the loss and the like over steps, of the rest over tokens; where none was taken, over all of them."""
+    found, taken = update_metrics(steps), [step for step in steps if not step.skipped] or steps
+    assert found["update/loss"] == found["update/grad_norm"] == pytest.approx(sum(step.loss for step in taken) / len(taken))
+    assert found["update/trained_tokens"] == sum(step.num_tokens for step in steps)
+    assert found["update/skipped_steps"] == sum(step.skipped for step in steps)
+    tokens = sum(step.num_tokens for step in taken)
+    assert ("update/entropy_nats" in found) == ("update/ratio_max" in found) == (tokens > 0)
+    if tokens:
+        assert found["update/entropy_nats"] == pytest.approx(sum(step.entropy * step.num_tokens for step in taken) / tokens)
+
+
+def test_a_skipped_step_does_not_make_the_row_of_its_iteration_nan() -> None:
+    taken = replace(STATS, skipped=False)
+    broken = replace(STATS, loss=math.nan, grad_norm=math.inf, entropy=math.nan, ratio_max=math.nan)
+    row = update_metrics([broken, taken])
+    assert row == update_metrics([taken]) | {"update/trained_tokens": 240.0, "update/skipped_steps": 1.0}
+    alone = update_metrics([replace(broken, ratio_max=1.0), broken])
+    assert [alone[f"update/{name}"] for name in ("grad_norm", "skipped_steps")] == [math.inf, 2.0]
+    assert all(math.isnan(alone[f"update/{name}"]) for name in ("loss", "entropy_nats", "ratio_max"))
+
+
+def test_losses_that_have_no_sum_have_a_figure() -> None:
+    """What is not finite may come with either sign."""
+    row = update_metrics([replace(STATS, loss=loss) for loss in (math.inf, -math.inf)])
+    assert math.isnan(row["update/loss"])
+
+
+def test_the_critic_of_an_iteration_explains_what_all_its_tokens_do() -> None:
+    """Two steps with one return each explain nothing alone."""
+    shared = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-5, "clip_fraction": 0.0, "error_square": 0.0}
+    steps = [ValueStats(value_mean=mean, return_mean=mean, return_square=mean**2, num_tokens=5, skipped=False, **shared) for mean in (0, 1)]
+    assert [critic_metrics([step])["critic/explained_variance"] for step in steps] == [0.0, 0.0]
+    assert critic_metrics(steps)["critic/explained_variance"] == 1.0
+    nothing = replace(steps[0], num_tokens=0, value_mean=math.nan)
+    assert critic_metrics([nothing, steps[1]])["critic/value_mean"] == 1.0
+    assert "critic/value_mean" not in critic_metrics([nothing])
+
+
+def rows(folder: Path) -> list[tuple[str, int, float | None]]:
     """Unit, number and loss of each row of `metrics.jsonl`."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["time"] > 1.7e9 for row in found)
@@ -163,6 +218,27 @@ def test_the_log_writes_json_lines_and_tensorboard(tmp_path: Path) -> None:
         ("iteration", 2, 0.5),
     ]
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_what_is_not_finite_is_null_in_json_and_no_point_in_tensorboard(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, {"iteration": 0})
+    for number, loss in enumerate((0.5, math.nan, math.inf, 0.25), 1):
+        log.write("iteration", number, {"update/loss": loss})
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    read = [json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON")) for line in text.splitlines()]
+    assert [row["update/loss"] for row in read] == [0.5, None, None, 0.25]
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("update/loss")] == [(1, 0.5), (4, 0.25)]
+    RunLog(tmp_path, {"iteration": 3}).close()
+    assert [loss for _, _, loss in rows(tmp_path)] == [0.5, None, None], "a row with null is read again"
+
+
+def test_an_earlier_row_that_is_no_json_becomes_one(tmp_path: Path) -> None:
+    """Python reads NaN, and earlier versions wrote it."""
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "time": 1.8e9, "update/loss": NaN}\n')
+    RunLog(tmp_path, {"iteration": 1}).close()
+    assert rows(tmp_path) == [("iteration", 1, None)]
 
 
 @pytest.mark.parametrize("finished", range(4))
@@ -237,13 +313,3 @@ def test_the_stopwatch_adds_up_until_the_lap(monkeypatch: pytest.MonkeyPatch) ->
         pass
     assert watch.lap() == {"time/grade_s": 1.0}
     assert watch.lap() == {}
-
-
-@pytest.mark.parametrize(("timeout", "error", "is_told"), [(0.0, 0.0, False), (0.01, 0.01, False), (0.03, 0.0, True), (0.0, 1.0, True)])
-def test_a_grader_that_gives_up_is_told(timeout: float, error: float, is_told: bool) -> None:
-    sentence = grading_warning({"grading/timeout_share": timeout, "grading/error_share": error})
-    assert (sentence is not None) == is_told
-    if sentence is not None:
-        assert f"timeout {timeout:.1%}, error {error:.1%}" in sentence
-        assert ("raise grading.timeout_s" in sentence) == (timeout > 0)
-        assert ("the first error of the reward function" in sentence) == (error > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_r1z.objective import AGGREGATIONS, OBJECTIVES, clipped_losses, kl_terms, likelihood_losses
+from megatron_r1z.types import are_equal
 
 REWARDS = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=2, max_size=16)
 
@@ -84,7 +86,47 @@ def test_an_all_equal_group_gives_exact_zeros(name: str, reward: float, size: in
     assert OBJECTIVES[name].advantages([reward] * size) == [0.0] * size
 
 
-@given(rewards=REWARDS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@given(
+    terms=st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.7, -0.5, 1.0]), min_size=1, max_size=6),
+    scale=st.sampled_from([1e-3, 1.0, 1e3, 1e9]),
+    orders=st.lists(st.randoms(use_true_random=False), min_size=2, max_size=8),
+    single=st.booleans(),
+)
+def test_rewards_that_are_equal_but_for_rounding_have_no_advantage(
+    name: str, terms: list[float], scale: float, orders: list[random.Random], single: bool
+) -> None:
+    """The same rewards added up in any order, in float64 or in float32, by themselves or with their opposites, which leaves 0."""
+    rewards = []
+    for order in orders:
+        shuffled = order.sample([scale * term for term in terms], len(terms))
+        total = torch.zeros((), dtype=torch.float32 if single else torch.float64)
+        for term in shuffled:
+            total += term
+        rewards.append(float(total))
+    assert are_equal(rewards)
+    assert OBJECTIVES[name].advantages(rewards) == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_rewards_that_differ_have_advantages_whatever_their_size(name: str, scale: float) -> None:
+    assert not are_equal([scale, scale * 1.0001])
+    assert all(OBJECTIVES[name].advantages([scale, scale * 1.0001]))
+
+
+def test_rewards_that_cancel_are_equal_where_they_leave_nothing() -> None:
+    assert are_equal([0.1 + 0.2 - 0.3, 0.0, 0.3 - 0.1 - 0.2])
+    assert are_equal([])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_single_response_has_no_baseline_and_no_advantage(name: str) -> None:
+    assert OBJECTIVES[name].advantages([0.7]) == [0.0]
+    assert OBJECTIVES[name].advantages([]) == []
+
+
+@given(rewards=REWARDS.filter(lambda rewards: not are_equal(rewards)))
 def test_rloo_is_the_centred_advantage_times_a_factor_and_leaves_one_out(rewards: list[float]) -> None:
     size = len(rewards)
     found = OBJECTIVES["rloo"].advantages(rewards)

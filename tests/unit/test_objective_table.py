@@ -431,6 +431,11 @@ def test_a_reward_comes_with_the_last_token_and_each_token_pays_for_its_divergen
     assert token_rewards(1.0, 1, 0.5, [0.2]) == pytest.approx([0.9])
 
 
+@pytest.mark.parametrize("divergences", [None, []])
+def test_a_response_without_a_token_has_no_token_to_come_with(divergences: list[float] | None) -> None:
+    assert token_rewards(1.0, 0, 0.5, divergences) == []
+
+
 @given(value=NUMBERS, old=NUMBERS, aim=NUMBERS, weight=st.floats(0.1, 2))
 def test_the_value_loss_is_the_larger_of_two_squares(value: float, old: float, aim: float, weight: float) -> None:
     """And has no gradient where that is the one of a value that was clipped."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_r1z.objective import OBJECTIVES
-from megatron_r1z.rollouts import save_rollouts
+from megatron_r1z.rollouts import drop_rollouts, save_rollouts
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Sample, Verdict, VerdictKind
 
 zstandard = pytest.importorskip("zstandard")
@@ -74,6 +75,7 @@ def test_a_row_is_complete(rows: list[dict[str, Any]]) -> None:
         "reward": 0.0,
         "extra_rewards": {},
         "advantage": pytest.approx(-1 / 3),
+        "is_counted": True,
         "policy_version": 12,
         "step": 1,
     }
@@ -92,3 +94,23 @@ def test_an_iteration_that_is_repeated_replaces_its_file(tmp_path: Path) -> None
         samples = make_samples(groups)
         save_rollouts(tmp_path, 3, groups, samples, {sample.sample_id: 0 for sample in samples})
     assert [row["reward"] for row in read(tmp_path / "iter_000003.jsonl.zst")] == [0.0, 1.0]
+
+
+def test_the_values_of_a_critic_are_kept(tmp_path: Path) -> None:
+    groups = [graded(0, (1.0,))]
+    samples = [replace(sample, advantage=(0.5, 0.25), values=(0.5, 0.75)) for sample in make_samples(groups)]
+    save_rollouts(tmp_path, 3, groups, samples, {"0/0": 0})
+    (row,) = read(tmp_path / "iter_000003.jsonl.zst")
+    assert [advantage + value for advantage, value in zip(row["advantage"], row["values"], strict=True)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("first", [0, 2, 9, 10])
+def test_a_run_that_goes_on_deletes_what_it_samples_again(tmp_path: Path, first: int) -> None:
+    """Nothing of a part of the run that is not there any more is left beside it."""
+    drop_rollouts(tmp_path / "none", first)
+    groups = [graded(0, (1.0, 0.0))]
+    samples = make_samples(groups)
+    for iteration in (0, 1, 2, 9, 10, 1_000_000):
+        save_rollouts(tmp_path, iteration, groups, samples, {sample.sample_id: 0 for sample in samples})
+    drop_rollouts(tmp_path, first)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"iter_{number:06d}.jsonl.zst" for number in (0, 1, 2, 9) if number < first]

@@ -130,3 +130,13 @@ def test_what_is_about_jobs_does_not_start_runs_here(
 
 def test_a_table_submits_nothing(tmp_path: Path) -> None:
     assert main(["sweep", QUICKSTART, "--over", AXES[1], "--table", "--executor", "slurm", f"logging.folder={tmp_path / 'run'}"]) == 0
+
+
+def test_a_figure_that_is_null_and_a_row_that_was_cut_off_count_nothing(tmp_path: Path) -> None:
+    (cell, *_) = cells_in(tmp_path)
+    write_rows(cell, [0.5, 0.25], {0: (0.5, 0.5)})
+    with (cell.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "rollout/reward_mean": null, "evaluation/a_accuracy": null}\n{"iteration": 4, "roll')
+    found = sweep.score(cell)
+    assert (found.iterations, found.reward, found.best) == (3, None, 0.5)
+    assert " - " in sweep.render([sweep.parse_axis(text) for text in AXES], [cell] * 6, [found] * 6)
