@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_r1z.errors import DataError
 from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
+from megatron_r1z.supervisor import StopFlag
 
 RewardFunction = Callable[[str, tuple[str, ...], str], float]
 """`(response, answers, finish_reason)` to any finite number; `finish_reason` is `stop` or `length` (`abort`: the engine gave up)."""
@@ -26,16 +27,19 @@ _log = logging.getLogger(__name__)
 class FunctionPool:
     """One reward function in workers of its own."""
 
-    def __init__(self, function: str, workers: int, timeout_s: float) -> None:
+    def __init__(self, function: str, workers: int, timeout_s: float, stop_flag: StopFlag | None = None) -> None:
         self.function = function
         # It may load a model of its own, so its memory is its own affair.
-        self._pool: WorkerPool[Task, float] = WorkerPool(partial(_set_up, function), workers, timeout_s, memory_bytes=None)
+        self._pool: WorkerPool[Task, float] = WorkerPool(
+            partial(_set_up, function), workers, timeout_s, memory_bytes=None, stop_flag=stop_flag
+        )
 
     def rate(self, tasks: Sequence[Task]) -> list[Outcome[float]]:
         """What the function returns for each task; a call that raises, returns no finite number or takes too long is not `DONE`.
 
         Raises:
             R1ZError: the worker processes do not start.
+            Interrupted: the flag was set meanwhile.
         """
         outcomes = self._pool.run(tasks)
         messages = [outcome.message for outcome in outcomes if outcome.kind is OutcomeKind.ERROR]
