@@ -448,7 +448,7 @@ def _start_ranks(
         return rank_entry(lambda: _load_and(rank_main), debug=options.debug)
     notice = leftover_notice()
     if notice is not None:
-        print(notice, file=sys.stderr)
+        print(notice, flush=True)
     print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); {purpose}", flush=True)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of vLLM's memory binding; read when a rank imports torch
     patience = Patience(after_stop_s=parallel.grace_s)

@@ -396,7 +396,7 @@ def _is_due(run: Run, iteration: int, every: int) -> bool:
 
 def _evaluate_if_due(run: Run) -> None:
     """Nothing is logged, and the evaluation is still due, where the run is asked to stop meanwhile."""
-    if "evaluation" not in run.state.put_off:
+    if "evaluation" not in run.state.put_off or run.stopped():
         return
     if run.evaluation and not _evaluate(run):
         return

@@ -35,7 +35,7 @@ def find_resume_point(folder: Path) -> ResumePoint | None:
     steps, name = steps_of(folder), _read_pointer(folder)
     if name is None and not steps:
         return None
-    if name and Path(name).name != name:
+    if name and (Path(name).name != name or name == ".."):
         raise DataError(
             f"{folder / POINTER} names {name!r}, which is not a folder beside it; write the name of one that is ({_newest_of(steps)}), or "
             "begin a run of its own from those weights with model.checkpoint."

@@ -173,8 +173,8 @@ def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
     """Run the main function of one rank and return its status; where it fails, record why and end the process.
 
     An `R1ZError` gives its own status, anything else 1. Under `run_ranks` the supervisor prints the sentence, for the rank that failed
-    first; elsewhere the rank prints it. The process ends without the interpreter's shutdown: that takes seconds with libraries of this size,
-    and a communication library that waits there for a peer would keep a failed rank alive. `main` has closed what must be closed.
+    first; elsewhere the rank prints it. The process ends without the interpreter's shutdown: that takes seconds with libraries of this
+    size, and a communication library that waits there for a peer would keep a failed rank alive. `main` has closed what must be closed.
     """
     is_launched = is_rank()
     if is_launched:
