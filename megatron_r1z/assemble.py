@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_r1z import __version__, ranks
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
-from megatron_r1z.checkpoint import Checkpoints, load_weights
+from megatron_r1z.checkpoint import Checkpoints, check_finite, load_weights
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
 from megatron_r1z.corpus import DocumentStream, load_texts
 from megatron_r1z.errors import ConfigError
@@ -46,6 +46,7 @@ from megatron_r1z.receipts import drop_receipts
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
+from megatron_r1z.resume_point import ResumePoint
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.rollouts import ROLLOUTS, drop_rollouts
 from megatron_r1z.supervisor import StopFlag
@@ -161,7 +162,12 @@ def _source_commit() -> str:
 
 
 def export_policy(config: TrainConfig | PretrainConfig, weights: Weights, policy: MegatronPolicy, folder: Path) -> None:
-    """Write the policy in Hugging Face format; all ranks call this."""
+    """Write the policy in Hugging Face format; all ranks call this.
+
+    Raises:
+        TrainingError: a weight is not finite; an earlier export stays as it is.
+    """
+    check_finite(policy.parameters(), "the policy")
     save_hf(
         folder,
         config.model.path,
@@ -188,10 +194,10 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     policy.start_training(make_loss(config.algorithm), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
-    state = RunState(0, 0, prompts.to_state())
-    latest = checkpoints.latest()
+    state, saved = RunState(0, 0, prompts.to_state(), put_off=("evaluation",)), None
+    latest = checkpoints.resume_point()
     if latest is not None:
-        state = RunState(**checkpoints.load(latest, policy, critic))
+        state = saved = RunState.from_tree(checkpoints.load(latest.path, policy, critic))
         prompts.restore(state.prompts)
     log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
     if dist.get_rank() == 0:
@@ -200,13 +206,14 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     _say_sets(log, [*train_sets, *evaluation], config)
     _say_precision(log, config)
     if latest is not None:
-        log.say(f"resumed from {latest}: {state.iteration} of {config.algorithm.iterations} iterations done")
+        _say_resumed(log, latest, f"{state.iteration} of {config.algorithm.iterations} iterations")
     matrices = matrices_in_fp8(config, weights.shape, weights.layout)
     if matrices:
         kept = left_out(weights.shape, matrices)
         log.say(f"engine: {len(matrices)} matrices in FP8" + (f", in bf16 {', '.join(kept)}" if kept else ""))
-    engine = _make_engine(config, weights.shape, matrices)
-    grader = MathGrader(config.grading, config.data.template)
+    stop_flag = StopFlag()
+    engine = _make_engine(config, weights.shape, matrices, stop_flag)
+    grader = MathGrader(config.grading, config.data.template, stop_flag)
     grader.self_test()
     try:
         yield Run(
@@ -221,8 +228,9 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
             evaluation=evaluation,
             checkpoints=checkpoints,
             log=log,
-            stop_flag=StopFlag().install(),
+            stop_flag=stop_flag.install(),
             state=state,
+            saved=saved,
         )
     finally:
         grader.close()
@@ -237,7 +245,7 @@ def matrices_in_fp8(config: TrainConfig | EvaluateConfig, shape: ModelShape, *so
     return fp8_matrices(shape, [*sources, _engine_layout(config, shape)], config.precision.bf16_layers(shape.num_layers))
 
 
-def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matrices: Collection[str]) -> VllmEngine:
+def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matrices: Collection[str], stop_flag: StopFlag) -> VllmEngine:
     return VllmEngine(
         EngineSettings(
             model_folder=config.model.path,
@@ -250,7 +258,8 @@ def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matric
             kv_cache_bytes=config.rollout.kv_cache_bytes,
             seed=config.rollout.seed,
             not_in_fp8=tuple(modules_to_not_convert(shape, matrices)) if config.precision.engine == "fp8" else None,
-        )
+        ),
+        stop_flag,
     )
 
 
@@ -279,6 +288,12 @@ def _stop_strings(config: TrainConfig | EvaluateConfig, tokenizer: Any) -> tuple
     return config.rollout.stop if config.rollout.stop is not None else make_template(config.data, tokenizer).stop
 
 
+def _say_resumed(log: Console, point: ResumePoint, done: str) -> None:
+    if point.note is not None:
+        log.say(point.note)
+    log.say(f"resumed from {point.path}: {done} done")
+
+
 def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | EvaluateConfig) -> None:
     for item in sets:
         log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
@@ -302,19 +317,19 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     policy.start_training(NEXT_TOKEN_LOSS, config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     stream = DocumentStream([(item.documents, item.weight) for item in texts], config.corpus.seed)
-    state = PretrainState(0, stream.to_state())
-    latest = checkpoints.latest()
+    state, saved = PretrainState(0, stream.to_state(), is_evaluation_due=True), None
+    latest = checkpoints.resume_point()
     if latest is not None:
-        state = PretrainState(**checkpoints.load(latest, policy))
+        state = saved = PretrainState(**checkpoints.load(latest.path, policy))
         stream.restore(state.documents)
     log = make_log(folder, config, {"step": state.step if latest else -1})
     _say_precision(log, config)
     for item in (*texts, *evaluation):
         log.say(item.describe(config.corpus))
     if latest is not None:
-        log.say(f"resumed from {latest}: {state.step} of {config.corpus.steps} steps done")
+        _say_resumed(log, latest, f"{state.step} of {config.corpus.steps} steps")
     try:
-        yield Pretraining(config, policy, stream, evaluation, checkpoints, log, StopFlag().install(), state)
+        yield Pretraining(config, policy, stream, evaluation, checkpoints, log, StopFlag().install(), state, saved)
     finally:
         log.close()
 
@@ -328,12 +343,13 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
     _say_sets(log, sets, config)
     if dist.get_rank() == 0:
         _write_origin(config.folder, config)
-    engine = _make_filled_engine(config)
-    grader = MathGrader(config.grading, config.data.template)
+    stop_flag = StopFlag()
+    engine = _make_filled_engine(config, stop_flag)
+    grader = MathGrader(config.grading, config.data.template, stop_flag)
     grader.self_test()
     sampling = evaluation_sampling(config.evaluation, config.rollout, _stop_strings(config, tokenizer))
     try:
-        yield Evaluation(config, sets, engine, grader, sampling, log, StopFlag().install())
+        yield Evaluation(config, sets, engine, grader, sampling, log, stop_flag.install())
     finally:
         grader.close()
         log.close()
@@ -350,9 +366,9 @@ def made_analysis(config: AnalyseConfig) -> Iterator[Analysis]:
     cells = {cell: config.evaluation(cell.template, cell.temperature) for cell in cells_of(config)}
     by_template = {cell.template: evaluation for cell, evaluation in cells.items()}
     sets = {name: load_prompts(item.data, item.evaluation.sets, tokenizer) for name, item in by_template.items()}
-    engine = OnDemand(lambda: _make_filled_engine(next(iter(cells.values()))))
+    engine = OnDemand(lambda: _make_filled_engine(next(iter(cells.values())), stop_flag))
     with ExitStack() as stack:
-        graders = {name: stack.enter_context(closing(MathGrader(item.grading, name))) for name, item in by_template.items()}
+        graders = {name: stack.enter_context(closing(MathGrader(item.grading, name, stop_flag))) for name, item in by_template.items()}
         for name, grader in graders.items():
             log.say(f"template {name}:")
             _say_sets(log, sets[name], by_template[name])
@@ -379,12 +395,12 @@ def made_analysis(config: AnalyseConfig) -> Iterator[Analysis]:
         engine.made.close()
 
 
-def _make_filled_engine(config: EvaluateConfig) -> VllmEngine:
+def _make_filled_engine(config: EvaluateConfig, stop_flag: StopFlag) -> VllmEngine:
     """An engine that holds the weights that the configuration names."""
     shape = load_shape(config.model.path)
     sources = [] if config.model.checkpoint is None else [plan_weights(config).layout]
     matrices = matrices_in_fp8(config, shape, *sources)
-    engine = _make_engine(config, shape, matrices)
+    engine = _make_engine(config, shape, matrices, stop_flag)
     _fill_engine(config, engine, matrices)
     return engine
 

@@ -1,4 +1,7 @@
-"""The command line. Exit status: 0 success, 1 a run that failed, 2 a mistake that the user can put right, 130 stopped by a signal.
+"""The command line.
+
+Exit status: 0 success, 1 a run that failed, 2 a mistake that the user can put right, 3 training that came to nothing, which another start
+alone would not change, 130 stopped by a signal.
 
 A command that only prints ends with 141 when the reader of its output has gone, as other tools do; one that runs something goes on.
 
@@ -37,12 +40,12 @@ from megatron_r1z.config import (
 from megatron_r1z.cost.plan_run import PROMPT_TOKENS, RESPONSE_SHARE, plan_run
 from megatron_r1z.cost.report import Report, refusal, render, render_search
 from megatron_r1z.cost.search import enough_ranks, nearest, search
-from megatron_r1z.errors import ConfigError, MissingExtraError, R1ZError, UsageError
+from megatron_r1z.errors import ConfigError, MissingExtraError, R1ZError
 from megatron_r1z.folders import Kind
 from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, PlanReport, make_plan_report, render_plan
 from megatron_r1z.result_files import to_json
 from megatron_r1z.streams import READER_GONE, lead_nowhere, outlive_readers, reader_is_gone
-from megatron_r1z.supervisor import STOPPED, is_supervised, rank_entry, run_ranks
+from megatron_r1z.supervisor import STOPPED, Patience, is_rank, is_supervised, leftover_notice, rank_entry, run_ranks
 
 if TYPE_CHECKING:
     from megatron_r1z.assemble import Weights
@@ -111,7 +114,7 @@ def _main(arguments: list[str]) -> int:
         if options.debug:
             raise
         print(f"megatron-r1z: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return error.status
     except KeyboardInterrupt:
         if options.debug:
             raise
@@ -469,14 +472,18 @@ def _start_ranks(
     """Check, then be one rank (the environment says so) or start all of them."""
     if not is_supervised():
         check()
-    if "RANK" in os.environ:
+    if is_rank():
         # Of Megatron and vLLM about libraries that this machine does not need, such as apex; of torch about names that Megatron calls.
         own = r"megatron\.core|torch\.overrides|torch\.distributed\.c10d_logger|megatron_r1z\.policy\.cpu|vllm"
         warnings.filterwarnings("ignore", module=f"({own})")
         return rank_entry(lambda: _load_and(rank_main), debug=options.debug)
+    notice = leftover_notice()
+    if notice is not None:
+        print(notice, flush=True)
     print(f"starting {parallel.num_ranks} ranks of {parallel.threads_per_rank} thread(s); {purpose}", flush=True)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of vLLM's memory binding; read when a rank imports torch
-    return run_ranks(parallel.num_ranks, parallel.threads_per_rank, arguments, error_folder=error_folder)
+    patience = Patience(after_stop_s=parallel.grace_s)
+    return run_ranks(parallel.num_ranks, parallel.threads_per_rank, arguments, error_folder=error_folder, patience=patience)
 
 
 def _load_and(rank_main: Callable[[], int]) -> int:
@@ -492,7 +499,7 @@ def _check_train(config: TrainConfig) -> None:
     from megatron_r1z.preflight import check_train
 
     for warning in check_train(config):
-        if os.environ.get("RANK", "0") == "0":  # of torchrun's ranks one is enough
+        if not is_rank() or os.environ["RANK"] == "0":  # of torchrun's ranks one is enough
             print(f"warning: {warning}", flush=True)
 
 

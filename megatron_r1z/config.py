@@ -64,6 +64,9 @@ class ParallelConfig:
     """Ranks that `train` starts on this machine when it is not run under torchrun."""
     threads_per_rank: int = 1
     """OpenMP threads of each rank."""
+    grace_s: float = 300.0
+    """Seconds that ranks have, once they are told to stop, to save a checkpoint and end; then they are killed. It must do for the optimizer
+    steps of an iteration, which are not interrupted once the first is taken, and for a checkpoint."""
     tensor_parallel_size: int = 1
     """Ranks that share every matrix; must divide heads, key-value heads and feed-forward size."""
     pipeline_parallel_size: int = 1
@@ -90,7 +93,7 @@ class ParallelConfig:
     and Transformer Engine, all layers on one pipeline rank, and nothing recomputed."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_ranks", "threads_per_rank", "tensor_parallel_size", "pipeline_parallel_size")
+        _positive(self, "num_ranks", "threads_per_rank", "grace_s", "tensor_parallel_size", "pipeline_parallel_size")
         _positive(self, "context_parallel_size", "virtual_pipeline_size", "micro_batch_tokens")
         if self.num_ranks % self.model_parallel_size:
             raise ConfigError(
@@ -888,9 +891,12 @@ class LaunchConfig:
     ranks_per_node: int | None = None
     """Default: the devices of a node of the cluster file; without one, all ranks are on one node."""
     hours: float = 4.0
-    """Time limit of a Slurm job. Five minutes before it, the ranks are told to save a checkpoint and end."""
+    """Time limit of a Slurm job. `lead_s` before it, the ranks are told to save a checkpoint and end."""
+    lead_s: float | None = None
+    """Seconds before the time limit; default: `parallel.grace_s`, at most a quarter of `hours`."""
     restarts: int = 0
-    """How often the job is started again after it failed or came to its time limit; it goes on from its last checkpoint."""
+    """How often the job is started again after it failed or came to its time limit; it goes on from its last checkpoint. A run that ended
+    with status 3 is not started again."""
     folder: str | None = None
     """Folder of the job that the run's relative paths start from; default: the current one."""
     environment: str | None = None
@@ -911,6 +917,10 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         _positive(self, "hours")
         _not_negative(self, "restarts")
+        if self.lead_s is not None and not 0 < self.lead_s < self.hours * 3600:
+            raise ConfigError(
+                f"launch.lead_s is {self.lead_s:g}; it must be above 0 and below the {self.hours * 3600:g} s of launch.hours."
+            )
         if self.ranks_per_node is not None:
             _positive(self, "ranks_per_node")
         if self.executor == "local":

@@ -7,7 +7,7 @@ R1ZError                 anything we raise on purpose; its text is one sentence 
 │   └── MissingExtraError  a library of another extra of setup.py is needed
 ├── EngineError          the rollout engine cannot serve: wrong version of the weights, or it died
 ├── LaunchError          an executor did not take a job, or the job failed
-├── TrainingError        optimizer steps came to nothing, so the run makes no progress
+├── TrainingError        training came to nothing: exit status 3, by which a launcher knows that another start would end alike
 ├── JudgeError           the language model that reads responses does not answer
 ├── ExportError          weights could not be written, or do not read back as they were written
 └── RefitError           the hand-over of weights to the engine did not end in the right weights
@@ -15,13 +15,24 @@ R1ZError                 anything we raise on purpose; its text is one sentence 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: what was begun is dropped because the run was asked to stop
+    """A phase was given up on this rank; whoever began it asks the other ranks whether they were asked to stop too."""
+
 
 class R1ZError(Exception):
     """Anything this package raises on purpose."""
 
+    status: ClassVar[int] = 1
+    """Exit status of a command that ends with it."""
+
 
 class UsageError(R1ZError):
     """A mistake that the user can put right; the command ends with exit status 2."""
+
+    status = 2
 
 
 class ConfigError(UsageError):
@@ -54,7 +65,9 @@ class EngineError(R1ZError):
 
 
 class TrainingError(R1ZError):
-    """Too many optimizer steps in a row were skipped; the last finished iteration is in a checkpoint."""
+    """Too many optimizer steps in a row were skipped, or weights are not finite; the checkpoints are as they were."""
+
+    status = 3
 
 
 class LaunchError(R1ZError):

@@ -40,12 +40,18 @@ def evaluation_sampling(evaluation: EvaluationConfig, rollout: RolloutConfig, st
 
 
 def evaluate_prompts(
-    prompts: Sequence[Prompt], engine: Sampler, grader: Grader, sampling: Sampling, policy_version: int
-) -> list[QuestionResult]:
-    """The record of each prompt, in order; all ranks call this and get the same records."""
-    graded = sorted(grader.grade(engine.generate(prompts, sampling, policy_version)), key=lambda item: item.group.group_id)
-    judge = grader.judge if grader.finds_answers else None
-    numbered = list(zip((item.group.group_id for item in graded), make_results(graded, judge), strict=True))
+    prompts: Sequence[Prompt], engine: Sampler, grader: Grader, sampling: Sampling, policy_version: int, stop_flag: StopFlag
+) -> list[QuestionResult] | None:
+    """The record of each prompt, in order; all ranks call this and get the same records, None where one of them was asked to stop."""
+
+    def of_this_rank() -> list[tuple[int, QuestionResult]]:
+        graded = sorted(grader.grade(engine.generate(prompts, sampling, policy_version)), key=lambda item: item.group.group_id)
+        judge = grader.judge if grader.finds_answers else None
+        return list(zip((item.group.group_id for item in graded), make_results(graded, judge), strict=True))
+
+    numbered = ranks.unless_stopped(of_this_rank, stop_flag)
+    if numbered is None:
+        return None
     return [result for _, result in sorted(ranks.gather(numbered), key=lambda pair: pair[0])]
 
 
@@ -105,7 +111,7 @@ def evaluate(run: Evaluation) -> bool:
 def evaluate_set(run: Evaluation, item: PromptSet, path: Path) -> list[QuestionResult]:
     """The records of a set, those in `path` first and the others appended to it; fewer than its questions where a stop was asked for.
 
-    Chunks are the same in every run, so that a resumed one samples what was missed alike.
+    Chunks are the same in every run, so that a resumed one samples what was missed alike, also the one that was given up at a stop.
     """
     size = run.questions_per_chunk
     results = ranks.broadcast(_read_results(path, size, item.prompts) if dist.get_rank() == 0 else [])
@@ -113,7 +119,10 @@ def evaluate_set(run: Evaluation, item: PromptSet, path: Path) -> list[QuestionR
         run.log.say(f"{item.name}: {len(results)} of {len(item.prompts)} questions are in {path}")
     while len(results) < len(item.prompts) and not ranks.any_rank(run.stop_flag.requested):
         run.log.phase(f"{item.name}: question {len(results) + 1} of {len(item.prompts)}")
-        chunk = evaluate_prompts(item.prompts[len(results) : len(results) + size], run.engine, run.grader, run.sampling, EVALUATED)
+        asked = item.prompts[len(results) : len(results) + size]
+        chunk = evaluate_prompts(asked, run.engine, run.grader, run.sampling, EVALUATED, run.stop_flag)
+        if chunk is None:
+            break
         if dist.get_rank() == 0:
             append_rows(path, map(_to_row, chunk))
         results += chunk

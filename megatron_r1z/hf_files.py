@@ -217,6 +217,15 @@ def sync(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def sync_entries(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk: a file's own sync does not see to its name."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def _header(tensors: Sequence[TensorSpec], dtype: torch.dtype) -> bytes:
     """Length, then JSON padded with spaces to a multiple of eight bytes: https://huggingface.co/docs/safetensors (format)."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -275,12 +284,17 @@ def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype, quant
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Give the finished folder its name; an older one is set aside first, so that at no time half a folder has the name."""
+    """Give the finished folder its name, its files being on the disk; an older one of that name is set aside first.
+
+    At no time half a folder has the name, and at none both are gone.
+    """
     for path in partial.iterdir():
         sync(path)
+    sync_entries(partial)
     old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     partial.rename(target)
+    sync_entries(target.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -52,6 +53,8 @@ from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, Sample, 
 
 CERTIFICATE_GROUPS = 32
 """Groups whose log-probs are compared between engine and policy before the first update."""
+PutOff = Literal["refit", "evaluation"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,17 @@ class RunState:
     """Optimizer steps taken."""
     prompts: dict[str, Any]
     """Cursor of the question order."""
+    put_off: tuple[PutOff, ...] = ()
+    """What belongs to the last finished iteration and was not done when the run was asked to stop; the next start begins with it."""
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> RunState:
+        """As JSON has it."""
+        return cls(**{**tree, "put_off": tuple(tree.get("put_off", ()))})
+
+    def done(self, what: PutOff) -> RunState:
+        """The same with that done."""
+        return replace(self, put_off=tuple(item for item in self.put_off if item != what))
 
 
 @dataclass
@@ -85,6 +99,8 @@ class Run:
     log: RunLog
     stop_flag: StopFlag
     state: RunState
+    saved: RunState | None = None
+    """What the newest checkpoint holds; None where there is none."""
     watch: Stopwatch = field(init=False)
     advice: Advice = field(init=False)
     skips: Skips = field(init=False)
@@ -111,6 +127,11 @@ class Run:
         while self.state.iteration < self.config.algorithm.iterations and not self.stopped():
             yield self.state.iteration
 
+    @property
+    def is_stuck(self) -> bool:
+        """Too many optimizer steps in a row were skipped."""
+        return self.skips.too_many or self.critic_skips.too_many
+
     def stopped(self) -> bool:
         """True on every rank once one of them has seen SIGINT or SIGTERM."""
         return ranks.any_rank(self.stop_flag.requested)
@@ -132,20 +153,21 @@ class Run:
 def train(run: Run) -> bool:
     """Run the iterations that are left; True when all are done, False when the run was asked to stop.
 
-    The last finished iteration is in a checkpoint either way, once an optimizer step was taken.
+    The last finished iteration is in a checkpoint either way, once an optimizer step was taken. A request to stop drops an iteration of
+    which no weight has moved yet, which is drawn again alike; the steps of one that has begun to move them are taken, and what else belongs
+    to it is put off.
 
     Raises:
-        TrainingError: `optimizer.max_skipped_steps` steps in a row had a loss or gradient that is not finite.
+        TrainingError: `optimizer.max_skipped_steps` steps in a row had a loss or gradient that is not finite, or weights are not finite; no
+            checkpoint was written, moved or deleted for that.
     """
-    saved = run.state if run.checkpoints.latest() else None
     certified = False
-    _hand_over(run, run.state.iteration)
-    if run.state.iteration == 0:
-        _evaluate(run)
+    _catch_up(run)
     for iteration in run.iterations():
-        graded, num_rounds = sample_groups(run, iteration)
-        if run.stopped():
+        sampled = sample_groups(run, iteration)
+        if sampled is None:
             break
+        graded, num_rounds = sampled
         trained = choose_groups(graded, run.config.rollout.prompts_per_iteration)
         estimates = make_estimates(trained, run)  # empty without a critic and a KL term in the reward
         samples = make_samples(trained, run.objective, run.config.rollout.temperature, run.config.algorithm, estimates)
@@ -155,26 +177,45 @@ def train(run: Run) -> bool:
             certified = True
         with run.watch.phase("update"):
             train_batches = run.policy.with_logprobs(batches)  # one old policy for all steps
+            if run.stopped():  # the last look before weights move
+                break
             stats = [run.policy.update(batch) for batch in train_batches]  # one optimizer step each
             critic_stats = [run.critic.update(batch) for batch in batches] if run.critic else []
-        receipt = _hand_over(run, policy_version=iteration + 1)
-        run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state())
+        run.state = RunState(iteration + 1, run.state.steps + len(stats), run.prompts.to_state(), _what_follows(run, iteration + 1))
+        _count_skips(run, run.skips, stats, samples, step_of)
+        _count_skips(run, run.critic_skips, critic_stats, samples, step_of)
+        receipt = None if run.is_stuck or run.stopped() else _hand_over(run, policy_version=iteration + 1)
         _keep_rollouts(run, iteration, trained, samples, step_of)
         _record(run, rollout_metrics(graded, num_rounds) | penalty_metrics(estimates.divergences), stats, critic_stats, receipt)
         _advise(run, graded, samples)
-        _count_skips(run, run.skips, stats, samples, step_of)
-        _count_skips(run, run.critic_skips, critic_stats, samples, step_of)
-        if run.skips.too_many or run.critic_skips.too_many:
+        if receipt is None:
             break
-        if _is_due(run, run.config.evaluation.every):
-            _evaluate(run)
-        if _is_due(run, run.config.checkpoint.every):
-            saved = _save(run)
-    if saved != run.state:
-        _save(run)
+        run.state = run.state.done("refit")
+        _evaluate_if_due(run)
+        if _is_due(run, run.state.iteration, run.config.checkpoint.every):
+            _save(run)
     for skips in (run.skips, run.critic_skips):
-        skips.check(f"iteration {run.state.iteration}" if run.checkpoints.latest() else None)
-    return run.state.iteration == run.config.algorithm.iterations
+        skips.check(None if run.saved is None else str(run.checkpoints.path(run.saved.iteration)))
+    _save(run)
+    return run.state.iteration == run.config.algorithm.iterations and not run.state.put_off
+
+
+def _what_follows(run: Run, iteration: int) -> tuple[PutOff, ...]:
+    """What is left to do after the update of the iteration before `iteration`."""
+    return ("refit", "evaluation") if _is_due(run, iteration, run.config.evaluation.every) else ("refit",)
+
+
+def _catch_up(run: Run) -> None:
+    """Give the engine its weights, and do what was put off when the run was stopped, or what comes before its first iteration."""
+    if run.stopped():
+        return
+    receipt = _hand_over(run, run.state.iteration)
+    if "refit" in run.state.put_off:
+        run.log.write("iteration", run.state.iteration, refit_metrics(receipt) | run.watch.lap())
+    run.state = run.state.done("refit")
+    _evaluate_if_due(run)
+    if run.saved is not None:
+        _save(run)
 
 
 def _hand_over(run: Run, policy_version: int) -> RefitReceipt:
@@ -186,25 +227,35 @@ def _hand_over(run: Run, policy_version: int) -> RefitReceipt:
     return receipt
 
 
-def sample_groups(run: Run, iteration: int) -> tuple[list[GradedGroup], int]:
-    """All groups of an iteration, the same on every rank, and in how many rounds they were sampled.
+def sample_groups(run: Run, iteration: int) -> tuple[list[GradedGroup], int] | None:
+    """All groups of an iteration, the same on every rank, and in how many rounds they were sampled; None where the run was asked to stop.
 
     One round, or with dynamic sampling as many as it takes until enough groups are mixed, at most `algorithm.sampling_rounds`.
     """
     wanted = run.config.rollout.prompts_per_iteration
     graded: list[GradedGroup] = []
     for number in range(run.config.algorithm.sampling_rounds):
-        prompts = run.prompts.draw(wanted)
-        with run.watch.phase("rollout"):
-            groups = run.engine.generate(prompts, run.sampling(iteration, number), policy_version=iteration)
-        groups = [replace(group, group_id=len(graded) + group.group_id) for group in groups]
-        with run.watch.phase("grade"):
-            mine = run.grader.grade(groups)
-        with run.watch.phase("gather"):  # which waits for the slowest engine and grader
+        prompts, sampling = run.prompts.draw(wanted), run.sampling(iteration, number)
+        groups = _unless_stopped(run, "rollout", partial(run.engine.generate, prompts, sampling, policy_version=iteration))
+        if groups is None:
+            return None
+        numbered = [replace(group, group_id=len(graded) + group.group_id) for group in groups]
+        mine = _unless_stopped(run, "grade", partial(run.grader.grade, numbered))
+        if mine is None:
+            return None
+        with run.watch.phase("gather"):
             graded += sorted(ranks.gather(mine), key=lambda item: item.group.group_id)
-        if sum(item.is_mixed for item in graded) >= wanted or run.stopped():
+        if sum(item.is_mixed for item in graded) >= wanted:
             break
     return graded, number + 1
+
+
+def _unless_stopped(run: Run, phase: str, work: Callable[[], Item]) -> Item | None:
+    """What `work` returns; None on every rank where one was asked to stop meanwhile. Waiting for other ranks is not part of `phase`."""
+    with run.watch.phase(phase):
+        result = ranks.unless_interrupted(work)
+    with run.watch.phase("gather"):
+        return None if run.stopped() else result
 
 
 def choose_groups(graded: Sequence[GradedGroup], count: int) -> list[GradedGroup]:
@@ -352,31 +403,51 @@ def _certify(run: Run, samples: Sequence[Sample]) -> None:
     certificate.check()
 
 
-def _is_due(run: Run, every: int) -> bool:
-    return run.state.iteration % every == 0 or run.state.iteration == run.config.algorithm.iterations
+def _is_due(run: Run, iteration: int, every: int) -> bool:
+    """What happens every so many iterations, and after the last one."""
+    return iteration % every == 0 or iteration == run.config.algorithm.iterations
 
 
-def _evaluate(run: Run) -> None:
-    if not run.evaluation:
+def _evaluate_if_due(run: Run) -> None:
+    """Nothing is logged, and the evaluation is still due, where the run is asked to stop meanwhile."""
+    if "evaluation" not in run.state.put_off or run.stopped():
         return
+    if run.evaluation and not _evaluate(run):
+        return
+    run.state = run.state.done("evaluation")
+
+
+def _evaluate(run: Run) -> bool:
+    """Log the scores; False where the run was asked to stop."""
     sampling = evaluation_sampling(run.config.evaluation, run.config.rollout, run.stop)
     metrics: Metrics = {}
     scores = []
     with run.watch.phase("evaluate"):
         for item in run.evaluation:
-            scores.append(score(item.name, evaluate_prompts(item.prompts, run.engine, run.grader, sampling, run.state.iteration)))
+            results = evaluate_prompts(item.prompts, run.engine, run.grader, sampling, run.state.iteration, run.stop_flag)
+            if results is None:
+                return False
+            scores.append(score(item.name, results))
             metrics |= evaluation_metrics(scores[-1])
     run.log.write("iteration", run.state.iteration, metrics | run.watch.lap())
     accuracies = (f"{item.name} {item.accuracy:.1%} ({item.low:.1%} - {item.high:.1%})" for item in scores)
     run.log.say(f"iteration {run.state.iteration}, accuracy: " + ", ".join(accuracies))
+    return True
 
 
-def _save(run: Run) -> RunState:
-    state = run.state
+def _save(run: Run) -> None:
+    """Put the last finished iteration into a checkpoint; where its weights are in one, only what is said beside them is written anew."""
+    if run.saved == run.state:
+        return
+    tree = dataclasses.asdict(run.state)
+    if run.saved is not None and run.saved.iteration == run.state.iteration:
+        run.checkpoints.note(run.state.iteration, tree)
+        run.saved = run.state
+        return
     with run.watch.phase("checkpoint"):
-        run.checkpoints.save(state.iteration, run.policy, dataclasses.asdict(state), run.critic)
-    run.log.write("iteration", state.iteration, run.watch.lap())
-    return state
+        written = run.checkpoints.save(run.state.iteration, run.policy, tree, run.critic)
+    run.saved = run.saved if written is None else run.state
+    run.log.write("iteration", run.state.iteration, run.watch.lap())
 
 
 def _keep_rollouts(run: Run, iteration: int, graded: Sequence[GradedGroup], samples: Sequence[Sample], step_of: dict[str, int]) -> None:
@@ -384,13 +455,16 @@ def _keep_rollouts(run: Run, iteration: int, graded: Sequence[GradedGroup], samp
         save_rollouts(run.folder / ROLLOUTS, iteration, graded, samples, step_of)
 
 
-def _record(run: Run, rollout: Metrics, stats: Sequence[UpdateStats], critic_stats: Sequence[ValueStats], receipt: RefitReceipt) -> None:
-    """Write the figures of the iteration that just ended."""
+def _record(
+    run: Run, rollout: Metrics, stats: Sequence[UpdateStats], critic_stats: Sequence[ValueStats], receipt: RefitReceipt | None
+) -> None:
+    """Write the figures of the iteration that just ended; those of a refit that was put off follow when it is made."""
     first = run.state.steps - len(stats)
     if len(stats) > 1:
         for index in range(len(stats)):
             run.log.write("step", first + index + 1, _figures(stats[index : index + 1], critic_stats[index : index + 1]))
-    metrics = rollout | _figures(stats, critic_stats) | refit_metrics(receipt) | run.watch.lap()
+    refit = {} if receipt is None else refit_metrics(receipt)
+    metrics = rollout | _figures(stats, critic_stats) | refit | run.watch.lap()
     run.log.write("iteration", run.state.iteration, metrics)
     run.log.row(_cells(run.state.iteration, metrics))
 
@@ -417,8 +491,8 @@ def _count_skips(
 
 
 def _cells(iteration: int, metrics: Metrics) -> dict[str, str]:
-    def show(name: str, form: str) -> str:
-        return format(metrics[name], form) if name in metrics else "-"
+    def show(name: str, form: str, unit: str = "") -> str:
+        return format(metrics[name], form) + unit if name in metrics else "-"
 
     return {
         "iteration": str(iteration),
@@ -430,7 +504,7 @@ def _cells(iteration: int, metrics: Metrics) -> dict[str, str]:
         "loss": show("update/loss", ".5f"),
         "gradient": show("update/grad_norm", ".4f"),
         "mismatch": show("update/mismatch_max_nats", ".1e"),
-        "rollout": show("time/rollout_s", ".2f") + "s",
-        "update": show("time/update_s", ".2f") + "s",
-        "refit": show("refit/seconds_s", ".3f") + "s",
+        "rollout": show("time/rollout_s", ".2f", "s"),
+        "update": show("time/update_s", ".2f", "s"),
+        "refit": show("refit/seconds_s", ".3f", "s"),
     }

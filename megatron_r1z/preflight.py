@@ -26,6 +26,7 @@ from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
 from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
 from megatron_r1z.model_checks import check_dense, check_layers, check_lengths
 from megatron_r1z.prompts import QuestionSet, load_question_sets, load_tokenizer, make_template
+from megatron_r1z.resume_point import damage_of, find_resume_point, holds_checkpoints, steps_of
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM 0.32's CPU attention computes (its list, and 48, which was measured to work)."""
@@ -185,17 +186,21 @@ def _check_weights(config: AnyConfig, shape: ModelShape) -> None:
         raise ConfigError(
             f"model.checkpoint {checkpoint} is not a complete checkpoint; name a folder such as runs/x/checkpoints/step_000050."
         )
+    wrong = None if checkpoint is None else damage_of(Path(checkpoint))
+    if wrong is not None:
+        raise ConfigError(f"model.checkpoint {checkpoint} is damaged: {wrong}; name another one.")
     if checkpoint is None and not config.model.random_init:
         locate_tensors(config.model.path)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    latest = folder / "checkpoints" / "latest"
-    if latest.exists() and not resume:
+    checkpoints = folder / "checkpoints"
+    if not resume and holds_checkpoints(checkpoints):
         raise ConfigError(
-            f"{folder} holds checkpoint {latest.read_text().strip()} and checkpoint.resume is false; choose another logging.folder, "
-            "or delete this one to start again."
+            f"{folder} holds checkpoints ({', '.join(path.name for path in steps_of(checkpoints).values()) or 'none is left'}) and "
+            "checkpoint.resume is false; choose another logging.folder, or move this one away."
         )
+    find_resume_point(checkpoints)
 
 
 def _check_head_size(shape: ModelShape) -> None:

@@ -36,6 +36,7 @@ class Sampler(Protocol):
         Over all ranks every prompt is answered for once; `group_id` is the index into `prompts`.
 
         Raises:
+            Interrupted: this rank, or one that its engine spans, was asked to stop; nothing of the call is left in the engine.
             EngineError: the engine does not hold weights that were accepted as `policy_version`.
         """
         ...
@@ -74,11 +75,19 @@ class Grader(Protocol):
         ...
 
     def grade(self, groups: Sequence[Group]) -> list[GradedGroup]:
-        """One verdict per response; never hangs, never raises for what a response contains."""
+        """One verdict per response; never hangs, never raises for what a response contains.
+
+        Raises:
+            Interrupted: this rank was asked to stop.
+        """
         ...
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> Mapping[tuple[str, str], VerdictKind]:
-        """The verdict on each pair of an answer and another; never hangs, never raises for what they contain."""
+        """The verdict on each pair of an answer and another; never hangs, never raises for what they contain.
+
+        Raises:
+            Interrupted: this rank was asked to stop.
+        """
         ...
 
     def close(self) -> None:

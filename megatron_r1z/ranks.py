@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from megatron_r1z.errors import Interrupted, R1ZError
+from megatron_r1z.supervisor import StopFlag
 
 Item = TypeVar("Item")
 
@@ -24,6 +28,33 @@ def broadcast(items: Sequence[Item]) -> list[Item]:
     box = [list(items)]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def decide(make: Callable[[], Item]) -> Item:
+    """What `make` returns on rank 0, on every rank; what it raises there, every rank raises."""
+    outcome: list[Item | R1ZError] = []
+    if dist.get_rank() == 0:
+        try:
+            outcome.append(make())
+        except R1ZError as error:
+            outcome.append(error)
+    (found,) = broadcast(outcome)
+    if isinstance(found, R1ZError):
+        raise found
+    return found
+
+
+def unless_stopped(work: Callable[[], Item], flag: StopFlag) -> Item | None:
+    """What `work` returns; None on every rank where one of them was asked to stop meanwhile, whether `work` came to its end or not."""
+    result = unless_interrupted(work)
+    return None if any_rank(flag.requested) else result
+
+
+def unless_interrupted(work: Callable[[], Item]) -> Item | None:
+    """What `work` returns; None where it was given up on this rank, of which the others do not know yet."""
+    with suppress(Interrupted):
+        return work()
+    return None
 
 
 def any_rank(flag: bool) -> bool:

@@ -34,17 +34,17 @@ class Skips:
         self.last = f"{self.name}optimizer step {step}: {_reason(stats, samples)}"
         return f"warning: skipped {self.last}; the weights stay as they are."
 
-    def check(self, saved: str | None) -> None:
-        """Stop a run that makes no progress; `saved` says what is in its newest checkpoint, None that there is none.
+    def check(self, newest: str | None) -> None:
+        """Stop a run that makes no progress; `newest` is the checkpoint that a new start would go on from, None where there is none.
 
         Raises:
             TrainingError: `limit` steps in a row were skipped.
         """
         if self.too_many:
-            kept = "there is no checkpoint yet" if saved is None else f"{saved} is in the newest checkpoint"
+            kept = "there is no checkpoint yet" if newest is None else f"the newest is {newest}"
             raise TrainingError(
-                f"{self.limit} optimizer steps in a row were skipped, the last of them {self.last}; {kept}: "
-                "look at these samples, lower optimizer.lr, or raise optimizer.max_skipped_steps to go on."
+                f"{self.limit} optimizer steps in a row were skipped, the last of them {self.last}; no checkpoint was written, {kept}: "
+                "look at these samples, lower optimizer.lr, or raise optimizer.max_skipped_steps, before the run is started again."
             )
 
 

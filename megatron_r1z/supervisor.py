@@ -1,13 +1,13 @@
 """Starts the ranks of one machine and sees to it that they end together; for a run that is not started by torchrun.
 
-Ranks find the environment that torchrun gives them, so they cannot tell the difference. torchrun's own launcher is not used here:
+Ranks find the environment that torchrun gives them. torchrun's own launcher is not used here:
 it gives a stop and a death the same fate as soon as one rank has ended (30 seconds, then SIGKILL, in the middle of a checkpoint),
 does not say how the ranks ended after a stop, and needs torch in the supervisor.
 
 The parent's side is `run_ranks`. The rank's side is `rank_entry` around its main function and `StopFlag`, which the loop polls:
 
     a rank dies         the others get SIGTERM and, ten seconds later, SIGKILL; one sentence names the rank and how it ended
-    Ctrl-C or SIGTERM   the ranks get SIGINT, which sets their `StopFlag`; they have 300 seconds to save and to end with status 130
+    Ctrl-C or SIGTERM   the ranks get SIGINT, which sets their `StopFlag`; they have `Patience` to save and to end with status 130
     a second Ctrl-C     everything ends at once
     the supervisor      its ranks die with it, even when it is killed
 """
@@ -34,13 +34,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_r1z.errors import R1ZError, UsageError
+from megatron_r1z.errors import R1ZError, TrainingError
+from megatron_r1z.segments import forget_segments, remove_orphaned_segments
 
 STOPPED = 130
 """Exit status after a stop that was asked for: 128 + SIGINT, as a shell reports it."""
 
 _TRACKER_WARNING = "ignore:resource_tracker:UserWarning"  # of Python, about what a killed rank had open; the sentence says who died
 _SUPERVISOR_VARIABLE = "R1Z_SUPERVISOR"  # process id of the supervisor, in the environment of its ranks
+_FINAL_FILE_VARIABLE = "R1Z_FINAL_FILE"  # where a batch script looks for the sentence of a run that is not to be started again
+_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+_TORCHRUN = re.compile(r"(.*/)?torchrun|torch\.distributed\.(run|launch)|.*torch/distributed/(run|launch)\.py")
+_OF_TORCHRUN = re.compile(r"TORCH_?ELASTIC_.*|(GROUP|ROLE)_.*(RANK|SIZE|NAME)")  # what it leaves in the environment of what it starts
 _ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets the same one
 _POLL_S = 0.05
 _REPEAT_STOP_S = 2.0  # SIGINT is repeated: a rank that is still importing ignores it
@@ -75,12 +80,14 @@ def run_ranks(
 ) -> int:
     """Run `command` with `argv` once per rank, wait for all of them and return the exit status of the run.
 
-    0: every rank succeeded. 130: stopped on request after a clean end. 2: a `UsageError`. 1: anything else, with one sentence on standard
-    error. `error_folder` keeps the tracebacks of the ranks that failed, as `rank_<n>.txt`.
+    0: every rank succeeded. 130: stopped on request after a clean end. Otherwise that of the rank that failed first, with one sentence on
+    standard error: 2 for a `UsageError`, 3 for a `TrainingError`, 1 for anything else. `error_folder` keeps the tracebacks of the ranks
+    that failed, as `rank_<n>.txt`.
     Call it from the main thread: it handles signals, and the death of that thread is what ranks die with.
     """
     _become_subreaper()
     remove_abandoned_shared_memory()
+    remove_orphaned_segments()
     strangers = _descendants()
     stop = _StopRequests()
     run = _Run(stop, patience or Patience())
@@ -165,48 +172,55 @@ class StopFlag:
 def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
     """Run the main function of one rank and return its status; where it fails, record why and end the process.
 
-    A `UsageError` gives status 2, anything else 1. Under `run_ranks` the supervisor prints the sentence, for the rank that failed first;
-    elsewhere the rank prints it. The process ends without the interpreter's shutdown: that takes seconds with libraries of this size, and
-    a communication library that waits there for a peer would keep a failed rank alive. `main` has closed what must be closed.
+    An `R1ZError` gives its own status, anything else 1. Under `run_ranks` the supervisor prints the sentence, for the rank that failed
+    first; elsewhere the rank prints it. The process ends without the interpreter's shutdown: that takes seconds with libraries of this
+    size, and a communication library that waits there for a peer would keep a failed rank alive. `main` has closed what must be closed.
     """
-    if _is_launched():
-        die_with_parent()
+    is_launched = is_rank()
+    if is_launched:
+        die_with_parent(int(os.environ.get(_SUPERVISOR_VARIABLE, os.getppid())))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored so far, see `_StopRequests.ignored_by_children`
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # whole lines of several ranks, and none lost when a rank is killed
     try:
+        _refuse_restart()
         status = main()
     except KeyboardInterrupt:
         status = STOPPED
     except Exception as error:  # noqa: BLE001 - the last place that can say what went wrong
-        status = 2 if isinstance(error, UsageError) else 1
+        status = error.status if isinstance(error, R1ZError) else 1
         _record_error(error, status)
         if debug:
             traceback.print_exc()
         if not is_supervised():
-            print(_with_rank(os.environ.get("RANK"), _sentence(error)), file=sys.stderr)
+            print(_with_rank(os.environ["RANK"] if is_launched else None, _sentence(error)), file=sys.stderr)
     finally:
-        if _is_launched():
+        if is_launched:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a repeated one would kill the interpreter while it shuts down
-    if _is_launched():
+    if is_launched:
         if not is_supervised():
             remove_shared_memory(int(os.environ["MASTER_PORT"]))  # whoever else has it mapped keeps it
+        forget_segments()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the process that started it ends, however that ends (Linux only)."""
+def die_with_parent(process_id: int) -> None:
+    """Have the kernel kill this process when its parent, given by its id, ends, however that ends (Linux only)."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    supervisor = os.environ.get(_SUPERVISOR_VARIABLE)
-    if supervisor is not None and not _is_alive(int(supervisor)):
+    if os.getppid() != process_id:
         os._exit(1)  # it ended before the line above
 
 
-def _is_launched() -> bool:
-    return "RANK" in os.environ and (is_supervised() or "TORCHELASTIC_RUN_ID" in os.environ)
+def is_rank() -> bool:
+    """Whether this process is one rank of a run, and not the command that starts them.
+
+    It is one if `run_ranks` started it, or if the environment has all that torchrun gives its ranks and torchrun is at work above this
+    process. Variables alone make no rank: a shell, a notebook or a batch script may have them left over or made them for others.
+    """
+    return is_supervised() or (_has_torchrun_variables() and _is_below_torchrun())
 
 
 def is_supervised() -> bool:
@@ -214,14 +228,42 @@ def is_supervised() -> bool:
     return _SUPERVISOR_VARIABLE in os.environ
 
 
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def leftover_notice() -> str | None:
+    """A sentence for the start of a command that is no rank although the environment looks like one's."""
+    found = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
+    if "RANK" not in found or is_rank():
+        return None
+    return f"warning: the environment has {', '.join(found)}, which is ignored: there is no torchrun above this process."
+
+
+def _has_torchrun_variables() -> bool:
+    return all(name in os.environ for name in _TORCHRUN_VARIABLES)
+
+
+def _is_below_torchrun() -> bool:
+    import psutil
+
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            if any(_TORCHRUN.fullmatch(argument) for argument in process.cmdline()[:8]):  # before the arguments of what it starts
+                return True
+    return False
+
+
+def _refuse_restart() -> None:
+    """Under `torchrun --max-restarts`: end like the start before this one where that said that another one would end alike.
+
+    Raises:
+        TrainingError: with that sentence.
+    """
+    number, path = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0), os.environ.get(_ERROR_FILE_VARIABLE)
+    if number == 0 or not path or not is_rank():
+        return
+    for record in Path(path).parents[1].with_name(f"attempt_{number - 1}").glob("*/error.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = json.loads(record.read_text(encoding="utf-8"))
+            if earlier["status"] == TrainingError.status:
+                raise TrainingError(str(earlier["sentence"]))
 
 
 def _sentence(error: BaseException) -> str:
@@ -250,6 +292,9 @@ def _record_error(error: BaseException, status: int) -> None:
         "sentence": _sentence(error),
         "deliberate": isinstance(error, R1ZError),
     }
+    final = os.environ.get(_FINAL_FILE_VARIABLE)
+    if final and status == TrainingError.status:
+        Path(final).write_text(f"{_sentence(error)}\n", encoding="utf-8")
     Path(path).with_suffix(".txt").write_text(traceback.format_exc(), encoding="utf-8")
     Path(path).write_text(json.dumps(record), encoding="utf-8")
 
@@ -463,7 +508,7 @@ def _start(rank: int, num_ranks: int, threads: int, port: int, folder: Path, com
     error_file = folder / f"rank_{rank}.json"
     environment = {
         "GLOO_SOCKET_IFNAME": "lo",  # one machine, whose name need not resolve
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not _OF_TORCHRUN.fullmatch(name)},
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",

@@ -11,6 +11,7 @@ from megatron_r1z.errors import R1ZError
 from megatron_r1z.grading.equality import Equality
 from megatron_r1z.grading.modes import MODES
 from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
+from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import VerdictKind
 
 CACHE_SIZE = 100_000
@@ -25,9 +26,9 @@ _VERDICTS = {Equality.EQUAL: VerdictKind.CORRECT, Equality.DIFFERENT: VerdictKin
 class Comparer:
     """Compares in one mode; workers start when there is something that needs one."""
 
-    def __init__(self, mode: GradingMode, workers: int, timeout_s: float) -> None:
+    def __init__(self, mode: GradingMode, workers: int, timeout_s: float, stop_flag: StopFlag | None = None) -> None:
         self._mode = MODES[mode]
-        self._pool: WorkerPool[Pair, Equality] = WorkerPool(partial(_set_up, mode), workers, timeout_s)
+        self._pool: WorkerPool[Pair, Equality] = WorkerPool(partial(_set_up, mode), workers, timeout_s, stop_flag=stop_flag)
         self._cache: OrderedDict[Pair, VerdictKind] = OrderedDict()
 
     def judge(self, pairs: Iterable[Pair]) -> dict[Pair, VerdictKind]:
@@ -37,6 +38,7 @@ class Comparer:
 
         Raises:
             R1ZError: the worker processes do not start.
+            Interrupted: the flag was set meanwhile.
         """
         verdicts: dict[Pair, VerdictKind] = {}
         remaining: list[Pair] = []

@@ -22,6 +22,7 @@ from typing import Any
 from megatron_r1z.config import GradingConfig
 from megatron_r1z.errors import DataError
 from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
+from megatron_r1z.supervisor import StopFlag
 
 RewardFunction = Callable[[str, tuple[str, ...], str], Any]
 """`(response, answers, finish_reason)` to any finite number; `finish_reason` is `stop` or `length` (`abort`: the engine gave up)."""
@@ -35,11 +36,13 @@ _log = logging.getLogger(__name__)
 class FunctionPool:
     """One reward function in workers of its own."""
 
-    def __init__(self, function: str, workers: int, timeout_s: float) -> None:
+    def __init__(self, function: str, workers: int, timeout_s: float, stop_flag: StopFlag | None = None) -> None:
         self.function = function
         self._timeout_s = timeout_s
         # It may load a model of its own, so its memory is its own affair.
-        self._pool: WorkerPool[Task, float] = WorkerPool(partial(_set_up, function), workers, timeout_s, memory_bytes=None)
+        self._pool: WorkerPool[Task, float] = WorkerPool(
+            partial(_set_up, function), workers, timeout_s, memory_bytes=None, stop_flag=stop_flag
+        )
 
     def rate(self, tasks: Sequence[Task]) -> list[Outcome[float]]:
         """What the function returns for each task; a call that raises, returns no finite number or takes too long is not `DONE`.
@@ -47,6 +50,7 @@ class FunctionPool:
         Raises:
             UsageError: the file cannot be loaded, or the function cannot be called.
             R1ZError: the worker processes do not start.
+            Interrupted: the flag was set meanwhile.
         """
         outcomes = self._pool.run(tasks)
         messages = [outcome.message for outcome in outcomes if outcome.kind is OutcomeKind.ERROR]

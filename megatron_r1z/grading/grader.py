@@ -12,6 +12,7 @@ from megatron_r1z.grading.answers import Extraction
 from megatron_r1z.grading.comparer import Comparer, Pair
 from megatron_r1z.grading.functions import FunctionPool, Task
 from megatron_r1z.grading.pool import Outcome, OutcomeKind
+from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Verdict, VerdictKind
 
 EXTRACTORS: dict[str, Callable[[str], Extraction]] = {
@@ -41,19 +42,23 @@ class MathGrader:
     verdict is `error` or `timeout` with reward 0.0, because a sum with a hole in it is no reward.
     """
 
-    def __init__(self, config: GradingConfig, template: Template) -> None:
-        """`template` decides what `grading.reward: auto` means: answer tags under r1, a box otherwise."""
+    def __init__(self, config: GradingConfig, template: Template, stop_flag: StopFlag | None = None) -> None:
+        """`template` decides what `grading.reward: auto` means: answer tags under r1, a box otherwise.
+
+        `stop_flag` is looked at while responses are graded.
+        """
         automatic = "answer_tag" if template == "r1" else "boxed"
         self._extract = EXTRACTORS[automatic if config.reward == "auto" else config.reward]
-        self._comparer = Comparer(config.mode, config.workers, config.timeout_s)
-        self._function = None if config.function is None else FunctionPool(config.function, config.workers, config.timeout_s)
-        self._extra = [(item, FunctionPool(item.function, config.workers, config.timeout_s)) for item in config.extra]
+        self._comparer = Comparer(config.mode, config.workers, config.timeout_s, stop_flag)
+        self._function = None if config.function is None else FunctionPool(config.function, config.workers, config.timeout_s, stop_flag)
+        self._extra = [(item, FunctionPool(item.function, config.workers, config.timeout_s, stop_flag)) for item in config.extra]
 
     def grade(self, groups: Sequence[Group]) -> list[GradedGroup]:
         """One verdict per response, in order; no response makes it hang or raise.
 
         Raises:
             R1ZError: the worker processes do not start.
+            Interrupted: the flag was set meanwhile.
         """
         rows = [(group.prompt, response) for group in groups for response in group.responses]
         verdicts = self._by_equality(rows) if self._function is None else self._by_function(rows, self._function)

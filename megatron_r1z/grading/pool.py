@@ -6,7 +6,6 @@ entry point needs its main guard. A worker dies with the thread that started it 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import resource
@@ -21,8 +20,9 @@ from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from megatron_r1z.errors import R1ZError, UsageError
+from megatron_r1z.errors import Interrupted, R1ZError, UsageError
 from megatron_r1z.streams import outlive_readers
+from megatron_r1z.supervisor import StopFlag, die_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -33,11 +33,12 @@ MAX_FAILED_STARTS = 3
 """In a row; then the pool gives up."""
 BATCH_TASKS = 64
 """Tasks handed to a worker at once at most: one message each way costs as much as a comparison that needs no algebra."""
+LOOK_S = 0.5
+"""How long the parent waits for its workers before it looks whether it is to stop."""
 REPORT_S = 0.005
 """A worker keeps results back no longer than this, unless it is busy with one task."""
 DEFAULT_MEMORY_BYTES = 2 << 30
 """Address space of a worker; with sympy loaded it starts at about 0.1 GiB."""
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class OutcomeKind(Enum):
@@ -67,6 +68,7 @@ class WorkerPool(Generic[Task, Result]):
         num_workers: processes at most; they start when there are tasks for them.
         timeout_s: wall-clock limit of one task, counted from the moment at which a worker takes it up.
         memory_bytes: address space of one worker, None for no limit. A worker that exceeds it dies and its task is an error.
+        stop_flag: looked at every half second while tasks are at work; once it is set they are given up.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class WorkerPool(Generic[Task, Result]):
         num_workers: int,
         timeout_s: float,
         memory_bytes: int | None = DEFAULT_MEMORY_BYTES,
+        stop_flag: StopFlag | None = None,
     ) -> None:
         self._setup = setup
+        self._stop_flag = stop_flag or StopFlag()
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
@@ -96,6 +100,7 @@ class WorkerPool(Generic[Task, Result]):
         Raises:
             UsageError: `setup` raised it.
             R1ZError: workers do not start.
+            Interrupted: a stop was requested; the workers have ended.
         """
         try:
             return self._run(tasks)
@@ -113,6 +118,8 @@ class WorkerPool(Generic[Task, Result]):
         outcomes: dict[int, Outcome[Result]] = {}
         waiting = deque(enumerate(tasks))
         while len(outcomes) < len(tasks):
+            if self._stop_flag.requested:
+                raise Interrupted
             self._fill(len(tasks) - len(outcomes))
             for worker in self._workers:
                 if worker.is_idle and waiting:
@@ -130,10 +137,10 @@ class WorkerPool(Generic[Task, Result]):
             self._workers.append(_Worker(self._setup, self._timeout_s, self._memory_bytes))
 
     def _wait(self) -> list[_Worker]:
-        """The workers that have something to say or whose deadline is over; blocks until there may be one."""
+        """The workers that have something to say or whose deadline is over; blocks until there may be one, or for half a second."""
         pending = [worker for worker in self._workers if not worker.is_idle]
         earliest = min(worker.deadline() for worker in pending)
-        readable = wait([worker.connection for worker in pending], max(0.0, earliest - monotonic()))
+        readable = wait([worker.connection for worker in pending], min(max(0.0, earliest - monotonic()), LOOK_S))
         now = monotonic()
         return [worker for worker in pending if worker.connection in readable or worker.deadline() <= now]
 
@@ -253,7 +260,7 @@ def _serve(
     parent_pid: int,
 ) -> None:
     """The worker's life: restrict itself, set up, say so, work through batches of tasks until the pipe closes."""
-    _die_with_parent(parent_pid)
+    die_with_parent(parent_pid)
     outlive_readers()  # a reward function that prints does not fail because the run's output is no longer read
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when work ends
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -299,9 +306,3 @@ def _attempt(function: Callable[[Any], Any], task: Any) -> Outcome[Any]:
 
 def _failure(error: BaseException) -> Outcome[Any]:
     return Outcome(OutcomeKind.ERROR, None, f"{type(error).__name__}: {error}"[:500])
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it ended before the call above
-        os._exit(1)

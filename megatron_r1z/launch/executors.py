@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import shlex
 import shutil
@@ -20,14 +21,17 @@ from nemo_run.core.execution.launcher import Torchrun
 
 from megatron_r1z.config import LaunchConfig, SshConfig
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.launch.job import CODE, PACKAGE, Job
+from megatron_r1z.launch.job import CODE, JOB_FOLDER, PACKAGE, Job
 
-GRACE_S = 300
-"""How long ranks may take to save a checkpoint and end, once they are told to."""
 PORT = "R1Z_RENDEZVOUS_PORT"
 SLURM_LINES = (
     # Of every job another one, and below the ports that a system gives to anybody: nemo-run's own is the same for all jobs.
     f"export {PORT}=$((20000 + SLURM_JOB_ID % 12768))",
+    # A rank whose run is not to be started again writes this file, and the requeue at the end of nemo-run's script is left out: torchrun
+    # hands no rank's exit status on. In a container the job's folder has another name than here, where Slurm knows it.
+    f"export R1Z_FINAL_FILE={JOB_FOLDER}/final_$SLURM_JOB_ID",
+    """r1z_final=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *StdOut=\\(.*\\)/[^/]*$|\\1|p')/final_$SLURM_JOB_ID""",
+    """scontrol() { if [ "$1" = requeue ] && [ -e "$r1z_final" ]; then cat "$r1z_final"; else command scontrol "$@"; fi; }""",
 )
 
 
@@ -145,11 +149,17 @@ def _special(job: Job) -> dict[str, Any]:
         "account": None,  # nemo-run demands it, Slurm need not
         "job_name_prefix": "r1z.",
         "time": f"{seconds // 3600:02}:{seconds % 3600 // 60:02}:{seconds % 60:02}",
-        "signal": f"TERM@{min(GRACE_S, seconds // 4)}",
+        "signal": f"TERM@{_lead(job)}",
         "launcher": Torchrun(rdzv_port=f"${PORT}"),
         "setup_lines": "\n".join((*SLURM_LINES, *_exports(launch), *launch.setup)),
         "tunnel": _tunnel(launch.ssh),
     }
+
+
+def _lead(job: Job) -> int:
+    """Seconds before the time limit at which the ranks are told to stop."""
+    lead = job.launch.lead_s
+    return math.ceil(min(job.config.parallel.grace_s, job.launch.hours * 900) if lead is None else lead)
 
 
 def _tunnel(ssh: SshConfig | None) -> Any:
@@ -165,7 +175,7 @@ def _variables(job: Job) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "LOGLEVEL": "WARNING",  # of torchrun
-        "TORCHELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(job.config.parallel.grace_s)),  # torch/distributed/launcher/api.py
         "PYTHONUNBUFFERED": "1",
     }
     if job.is_local:

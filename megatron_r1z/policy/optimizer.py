@@ -62,10 +62,12 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """Global norm of the accumulated gradient, the same on every rank; not finite where an element is not.
 
-    Megatron looks for such elements only where it scales the loss (fp16): elsewhere its step would write them into the weights.
+    Infinite too where the sum of squares overflows: clipping by such a norm would make a step of nothing. Megatron looks for such elements
+    only where it scales the loss (fp16): elsewhere its step would write them into the weights.
     """
     optimizer.prepare_grads()
-    norm = torch.tensor(float(optimizer.get_grad_norm()), dtype=torch.float64).nan_to_num(nan=math.inf)  # a maximum may lose a nan
+    norm = torch.tensor(float(optimizer.get_grad_norm()), dtype=torch.float64)
+    norm = torch.where(norm.isfinite(), norm, math.inf)  # a maximum may lose a nan
     dist.all_reduce(norm, op=dist.ReduceOp.MAX)
     return norm.item()
 

@@ -10,18 +10,25 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_r1z.collector import paused_collector
-from megatron_r1z.errors import EngineError
+from megatron_r1z.errors import EngineError, Interrupted
 from megatron_r1z.layout.fp8 import quantization_config
 from megatron_r1z.protocols import Result, Sampling
 from megatron_r1z.rollout.cpu import prepare_engine, prepare_import
+from megatron_r1z.segments import record_segments
+from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import FinishReason, Group, Prompt, Response
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+STEPS_BETWEEN_LOOKS = 8
+"""Steps of the engine, one token of every running response each, after which it looks whether the rank was asked to stop. Counted, not
+timed, so that the ranks of a tensor-parallel engine look at the same step."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,18 @@ class EngineSettings:
 
 
 class VllmEngine:
-    """vLLM inside the rank's process. The default process group must exist; other groups of the process are left alone."""
+    """vLLM inside the rank's process. The default process group must exist; other groups of the process are left alone.
 
-    def __init__(self, settings: EngineSettings) -> None:
+    `stop_flag` is looked at while responses are sampled.
+    """
+
+    def __init__(self, settings: EngineSettings, stop_flag: StopFlag | None = None) -> None:
         self._settings = settings
+        self._stop_flag = stop_flag or StopFlag()
         self._version: int | None = None
         with paused_collector():
             self._llm = _start(settings)
+        record_segments()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> list[Group]:
         """Sample for this engine's share of `prompts`; return the groups for which this rank answers (see `protocols.Engine`)."""
@@ -61,16 +73,41 @@ class VllmEngine:
         if not share:
             return []
         names = _distinct_names(prompts)
-        outputs = self._llm.generate(
+        requests = self._llm.enqueue(
             [{"prompt_token_ids": list(prompts[index].token_ids)} for index in share],
             [_parameters(_seed(sampling.seed, name), sampling) for name in (names[index] for index in share)],
             use_tqdm=False,
         )
+        outputs = self._outputs(requests)
         groups = [
             Group(index, prompts[index], tuple(_response(completion, policy_version) for completion in output.outputs))
             for index, output in zip(share, outputs, strict=True)
         ]
         return groups[tp_rank :: settings.tensor_parallel_size]
+
+    def _outputs(self, requests: Sequence[str]) -> list[Any]:
+        """What becomes of the requests, in their order: vLLM's `LLM.wait_for_completion` with a look at who wants to stop."""
+        engine, finished = self._llm.llm_engine, []
+        for step in count():
+            if not engine.has_unfinished_requests():
+                break
+            if step % STEPS_BETWEEN_LOOKS == 0 and self._engine_stops():
+                engine.abort_request(list(requests))
+                raise Interrupted
+            finished += [output for output in engine.step() if output.finished]
+        return sorted(finished, key=lambda output: int(output.request_id))
+
+    def _engine_stops(self) -> bool:
+        """Whether one of the ranks that the engine spans was asked to stop; all of them call this at the same step."""
+        if self._settings.tensor_parallel_size == 1:
+            return self._stop_flag.requested
+        import torch
+        import torch.distributed as dist
+        from vllm.distributed import get_tp_group
+
+        flag = torch.tensor(int(self._stop_flag.requested))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=get_tp_group().cpu_group)
+        return bool(flag)
 
     def parameters(self) -> Mapping[str, Tensor]:
         """The parameters of this rank's shard that a refit writes, by vLLM's names (see `weights.written_parameters`)."""

@@ -149,9 +149,12 @@ def has_iteration(folder: Path, number: int) -> bool:
 
 
 def figures_of(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run without seconds, and without those that hold nothing else: a stopped run has one checkpoint more."""
-    rows = [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows_of(folder)]
-    return [{name: value for name, value in row.items() if name != "refit/seconds_s"} for row in rows if len(row) > 1]
+    """All figures of each iteration but seconds. A run that was stopped may have in rows of their own what came after the stop."""
+    merged: dict[float, dict[str, float]] = {}
+    for row in rows_of(folder):
+        merged.setdefault(row["iteration"], {}).update(row)
+    kept = [{name: value for name, value in row.items() if not name.startswith("time")} for row in merged.values()]
+    return [{name: value for name, value in row.items() if name != "refit/seconds_s"} for row in kept]
 
 
 def segments() -> list[str]:

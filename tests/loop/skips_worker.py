@@ -10,6 +10,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_r1z.objective import Loss, PolicyTokens, TokenLosses, clipped_loss
 from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
+from megatron_r1z.policy.trained import Taken
 from megatron_r1z.types import Sample
 
 NO_FINITE_GRADIENT = 0.875
@@ -55,12 +57,15 @@ def try_layout(model: str, parallel: dict[str, Any], optimizer: dict[str, Any], 
     start_megatron(config.topology, seed=1)
     broken = make_policy(settings, OptimizerConfig(lr=1e-3, warmup_steps=4, weight_decay=0.5, **optimizer))
     unbroken = make_policy(settings, OptimizerConfig(lr=1e-3, warmup_steps=4, weight_decay=0.5, **optimizer))
+    spoiled = make_policy(settings, OptimizerConfig(lr=1e-3, warmup_steps=4, weight_decay=0.5, **optimizer))
     decayed = make_policy(settings, OptimizerConfig(lr=0.25, weight_decay=0.5, **optimizer))
     before = copy(decayed)
     results = {
         "culprit": make_samples({})[3].sample_id,
         "broken": [step(broken, advantages) for advantages in ({}, {3: math.inf}, {2: NO_FINITE_GRADIENT}, {})],
         "unbroken": [step(unbroken, {}) for _ in range(2)],
+        "spoiled": [step(spoiled, {}, spoil) for spoil in (None, infinite_element, overflowing_norm, None)],
+        "spoiled_weights": all(torch.equal(one, other) for one, other in zip(copy(spoiled).values(), copy(unbroken).values(), strict=True)),
         "same_weights": all(torch.equal(one, other) for one, other in zip(copy(broken).values(), copy(unbroken).values(), strict=True)),
         "decay": [step(decayed, dict.fromkeys(range(8), 0.0))],
         "weights": {name: (tensor, before[name]) for name, tensor in copy(decayed).items()},
@@ -89,8 +94,30 @@ def terms_of(tokens: PolicyTokens, batch: MicroBatch) -> TokenLosses:
     return dataclasses.replace(terms, losses_R=torch.where(marked_R, steep, terms.losses_R))
 
 
-def step(policy: MegatronPolicy, advantages: dict[int, float]) -> dict[str, Any]:
-    return dataclasses.asdict(policy.update(TrainBatch(make_batch(policy, advantages))))
+def step(policy: MegatronPolicy, advantages: dict[int, float], spoil: Callable[[Tensor], None] | None = None) -> dict[str, Any]:
+    """A step; `spoil` changes the accumulated gradient of every tensor on rank 0 before the optimizer sees it."""
+    take_step = policy.take_step
+
+    def spoiled(loss: float) -> Taken:
+        for chunk in policy.model.chunks if spoil is not None and dist.get_rank() == 0 else ():
+            for parameter in chunk.parameters():
+                spoil(parameter.main_grad)
+        return take_step(loss)
+
+    policy.take_step = spoiled  # type: ignore[method-assign]
+    try:
+        return dataclasses.asdict(policy.update(TrainBatch(make_batch(policy, advantages))))
+    finally:
+        policy.take_step = take_step  # type: ignore[method-assign]
+
+
+def infinite_element(gradient: Tensor) -> None:
+    gradient.view(-1)[0] = math.inf
+
+
+def overflowing_norm(gradient: Tensor) -> None:
+    """Every element is finite, and the sum of their squares is not in float32."""
+    gradient.fill_(1e25)
 
 
 def make_samples(advantages: dict[int, float]) -> list[Sample]:

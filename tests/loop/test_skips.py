@@ -66,6 +66,17 @@ def test_skipped_steps_leave_weights_moments_and_schedule_as_they_were(results: 
         assert rank[layout]["same_weights"]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_with_an_infinite_element_or_norm_leaves_no_trace(results: Results, layout: str) -> None:
+    """Although the loss is finite, and in the second case every element of the gradient."""
+    for rank in results:
+        steps, unbroken = rank[layout]["spoiled"], rank[layout]["unbroken"]
+        assert [step["skipped"] for step in steps] == [False, True, True, False]
+        assert [step["grad_norm"] for step in steps[1:3]] == [math.inf] * 2
+        assert [steps[0], steps[3]] == unbroken
+        assert rank[layout]["spoiled_weights"]
+
+
 @pytest.mark.parametrize("layout", ["dp2", "dp2-distributed-optimizer", "tp2", "pp2", "cp2"])
 def test_biases_and_norms_are_not_decayed(results: Results, layout: str) -> None:
     """A step whose gradient is 0 does nothing but decay."""
@@ -107,14 +118,14 @@ def stopped(base: Path, task: Any, cli: Any, tmp_path_factory: pytest.TempPathFa
         ),
         *("rollout.tensor_parallel_size=1", "rollout.prompts_per_iteration=8", "rollout.samples_per_prompt=4"),
         *("rollout.max_response_tokens=48", "algorithm.train_batch_size=32", "algorithm.iterations=9", "optimizer.max_skipped_steps=2"),
-        *("checkpoint.every=100", f"logging.folder={folder / 'run'}"),
+        *("checkpoint.every=1", "checkpoint.keep=1", f"logging.folder={folder / 'run'}"),
     ]
     return folder / "run", cli.run("train", *arguments)
 
 
 def test_a_run_ends_with_the_names_of_the_samples(stopped: tuple[Path, Any]) -> None:
     folder, outcome = stopped
-    assert outcome.status == 1
+    assert outcome.status == 3
     assert outcome.processes == outcome.segments == []
     (sentence,) = outcome.stderr.splitlines()
     last = len(skipped_steps(folder))
@@ -124,7 +135,8 @@ def test_a_run_ends_with_the_names_of_the_samples(stopped: tuple[Path, Any]) -> 
     assert 0 < len(names) <= len(trained)
     assert f"2 optimizer steps in a row were skipped, the last of them optimizer step {last}: the loss was not finite for" in sentence
     assert f"for {len(names)} of {len(trained)} samples ({', '.join(names[:8])}" in sentence
-    assert f"iteration {last} is in the newest checkpoint" in sentence
+    newest = (folder / "checkpoints" / "latest").read_text()
+    assert f"no checkpoint was written, the newest is {folder / 'checkpoints' / newest}: look at these samples" in sentence
 
 
 def test_what_the_run_had_done_is_kept(stopped: tuple[Path, Any], cli: Any, tmp_path: Path) -> None:
@@ -133,7 +145,8 @@ def test_what_the_run_had_done_is_kept(stopped: tuple[Path, Any], cli: Any, tmp_
     assert "".join(map(str, skipped)).index("11") == len(skipped) - 2
     assert sum(line.startswith("warning: skipped optimizer step") for line in outcome.stdout.splitlines()) == sum(skipped)
     checkpoint = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
-    assert checkpoint.name == f"step_{len(skipped):06d}"
+    assert [path.name for path in checkpoint.parent.glob("step_*")] == [checkpoint.name]
+    assert checkpoint.name == f"step_{len(skipped) - 1:06d}"  # a checkpoint was due after every step, and the last one wrote none
     outcome = cli.run("convert", str(checkpoint), str(tmp_path / "hf"))
     assert outcome.status == 0, outcome.stderr
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "hf" / "model.safetensors").values())

@@ -30,6 +30,11 @@ DP2 = ("parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1")
 TWO_ENGINES = ("rollout.tensor_parallel_size=1",)
 TWO_STEPS = ("algorithm.train_batch_size=16", "optimizer.lr=1e-4", "algorithm.clip_low=0.02", "algorithm.clip_high=0.02")
 
+LEFT_OVER = {
+    **{"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"},
+    **{"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "SLURM_JOB_ID": "1", "SLURM_PROCID": "1"},
+}
+"""What a torchrun in a Slurm job gave to a shell that has outlived it."""
 GREEDY = """
 import json, os, sys
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -51,7 +56,7 @@ def resumed(training: list[str], cli: Any, tmp_path_factory: pytest.TempPathFact
     command.process.send_signal(signal.SIGINT)
     stopped = command.wait()
     iteration = json.loads((folder / "checkpoints" / newest_checkpoint(folder) / "state.json").read_text())["iteration"]
-    return folder, stopped, iteration, cli.run("train", *training, *TP2, f"logging.folder={folder}")
+    return folder, stopped, iteration, cli.run("train", *training, *TP2, f"logging.folder={folder}", environment=LEFT_OVER)
 
 
 @pytest.fixture(scope="session")
@@ -186,9 +191,13 @@ def test_interrupt_ends_with_130_after_a_checkpoint(resumed: tuple[Path, Any, in
 
 
 def test_stopped_before_its_first_step_a_run_starts_from_the_beginning(training: list[str], cli: Any, tmp_path: Path) -> None:
-    """There is nothing to keep, and Megatron reads no checkpoint of an optimizer that never took a step."""
+    """There is nothing to keep, and Megatron reads no checkpoint of an optimizer that never took a step.
+
+    The rollout that is stopped would outlast the ranks' grace many times, under which they would be killed.
+    """
     arguments = [*training, *TP2, "rollout.prompts_per_iteration=64", "algorithm.train_batch_size=256", "algorithm.iterations=1"]
-    command = cli.start("train", *arguments, f"logging.folder={tmp_path}")
+    endless = ["rollout.prompts_per_iteration=20000", "algorithm.train_batch_size=80000", "parallel.grace_s=60"]
+    command = cli.start("train", *arguments, *endless, f"logging.folder={tmp_path}")
     command.wait_until(lambda: rows_of(tmp_path) != [])  # of the evaluation before the first iteration
     command.process.send_signal(signal.SIGINT)
     stopped = command.wait()
@@ -203,6 +212,7 @@ def test_resumed_run_goes_on_from_the_checkpoint(resumed: tuple[Path, Any, int, 
     folder, _, iteration, outcome = resumed
     assert (outcome.status, outcome.stderr) == (0, "")
     assert f"step_{iteration:06d}: {iteration} of {ITERATIONS} iterations done" in outcome.stdout
+    assert "MASTER_PORT, TORCHELASTIC_RUN_ID, which is ignored" in outcome.stdout
     assert newest_checkpoint(folder) == f"step_{ITERATIONS:06d}"
     assert versions_of(folder) == list(range(ITERATIONS + 1))
     assert left_nothing(outcome)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,26 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def make_checkpoint() -> Callable[[Path], Path]:
+    """`make_checkpoint(path)` writes the files of a checkpoint of a run, with torch's own writer for the tensors, and returns `path`."""
+
+    def make(path: Path) -> Path:
+        import torch  # not for the tests of the base installation
+        import torch.distributed.checkpoint as dcp
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is what is meant
+            dcp.save({"weight": torch.arange(1000.0), "bias": torch.ones(3)}, checkpoint_id=path, no_dist=True)
+        torch.save({"step": 1}, path / "common.pt")
+        (path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        (path / "state.json").write_text('{"iteration": 1}')
+        return path
+
+    return make
 
 
 @pytest.fixture

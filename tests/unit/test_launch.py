@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_what_does_not_fit_is_refused(ranks: int, cluster: str | None, launch: d
     ("section", "sentence"),
     [
         ({"hours": 0}, "launch.hours is 0.0; it must be above 0"),
+        ({"lead_s": 7200, "hours": 2}, "launch.lead_s is 7200; it must be above 0 and below the 7200 s of launch.hours"),
         ({"restarts": -1}, "launch.restarts is -1; it must be at least 0"),
         ({"container": "image"}, "launch.container is set, but a local run"),
         ({"executor": "slurm", "mounts": ["/a:/a"]}, "launch.mounts is set, but there is no container"),
@@ -223,6 +225,7 @@ def test_a_slurm_script_without_and_with_a_container(tmp_path: Path) -> None:
         "export lower_case='a b'",
         "module load x",
         "export R1Z_RENDEZVOUS_PORT=$((20000 + SLURM_JOB_ID % 12768))",
+        "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300",
         f"export PATH={ROOT / '.venv' / 'bin'}:$PATH",
     ):
         assert f"\n{line}\n" in script, line
@@ -237,6 +240,52 @@ def test_a_slurm_script_without_and_with_a_container(tmp_path: Path) -> None:
     assert "export PYTHONPATH=/nemo_run/code" in boxed
     assert "train /nemo_run/code/run.yaml" in boxed
     assert "export PATH=" not in boxed
+
+
+@needs_nemo_run
+def test_grace_and_lead_are_settings() -> None:
+    command = "import sys; from megatron_r1z.cli import main; sys.exit(main(sys.argv[1:]))"
+    common = ["launch", QUICKSTART, "--executor", "slurm", "--dry-run"]
+    for options, lead, grace in (
+        (["launch.hours=1", "parallel.grace_s=600"], 600, 600),
+        (["launch.hours=0.1", "parallel.grace_s=600"], 90, 600),
+        (["launch.hours=0.1", "parallel.grace_s=99.5", "launch.lead_s=200"], 200, 100),
+    ):
+        script = in_launch_environment(command, *common, *options)
+        assert f"#SBATCH --signal=TERM@{lead}\n" in script
+        assert f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace}\n" in script
+
+
+FAKES = {
+    "scontrol": """case "$1 $2" in
+      "show hostnames") echo node ;;
+      "show job") printf 'JobId=7 JobName=x\\n   StdOut=%s/sbatch_x_7.out\\n   Power=\\n' "$JOB" ;;
+      requeue*) echo "$2" >> "$JOB/requeued" ;;
+    esac""",
+    "srun": """case "$*" in *hostname*) echo 127.0.0.1; exit ;; esac
+    if [ -e "$JOB/is_final" ]; then echo "the reason." > "$R1Z_FINAL_FILE"; fi
+    exit 1""",
+}
+
+
+@needs_nemo_run
+@pytest.mark.parametrize("is_final", [True, False])
+@pytest.mark.parametrize("container", [(), ("launch.container=image.sqsh",)])
+def test_a_slurm_job_is_queued_again_unless_its_run_has_ended_for_good(is_final: bool, container: tuple[str, ...], tmp_path: Path) -> None:
+    """The batch script as nemo-run writes it, with tools of Slurm that note what they are asked for."""
+    command = "import sys; from megatron_r1z.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = in_launch_environment(command, "launch", QUICKSTART, "--executor", "slurm", "--dry-run", "launch.restarts=1", *container)
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    if is_final:
+        (tmp_path / "is_final").touch()
+    lines = re.sub(r"(R1Z_FINAL_FILE=).*/", rf"\g<1>{tmp_path}/", script)  # the job's folder, as a rank sees it
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node"}
+    done = subprocess.run(["bash", "-c", lines], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert (tmp_path / "requeued").exists() != is_final
+    assert ("the reason." in done.stdout) == is_final
 
 
 @needs_nemo_run

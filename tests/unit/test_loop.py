@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,20 +16,33 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("megatron.core")
 
 from megatron_r1z import loop
 from megatron_r1z.config import AlgorithmConfig, TrainConfig, make_config
+from megatron_r1z.errors import Interrupted, TrainingError
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.loop import Estimates, Run, RunState, choose_groups, make_batches, make_estimates, make_samples, sample_groups
+from megatron_r1z.loop import Estimates, Run, RunState, choose_groups, make_batches, make_estimates, make_samples, sample_groups, train
 from megatron_r1z.metrics import Metrics, SilentLog
 from megatron_r1z.objective import AGGREGATIONS, OBJECTIVES, centred, estimated
-from megatron_r1z.packing import MicroBatch, PackingRules
+from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules
+from megatron_r1z.prompts import PromptSet, PromptStream
 from megatron_r1z.protocols import Sampling
-from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, RefitReceipt, Response, Sample, UpdateStats, Verdict, VerdictKind
+from megatron_r1z.types import (
+    FinishReason,
+    GradedGroup,
+    Group,
+    Prompt,
+    RefitReceipt,
+    Response,
+    Sample,
+    UpdateStats,
+    Verdict,
+    VerdictKind,
+)
 
 BUDGET = 50
 DEFAULT = AlgorithmConfig(iterations=1)
@@ -366,7 +382,9 @@ def test_groups_are_sampled_until_enough_are_mixed_or_the_rounds_are_used_up(dat
     run, script = make_run(prompts=prompts, samples=2, batch=2 * prompts), Scripted(rewards)
     run.config = replace(run.config, algorithm=replace(run.config.algorithm, sampling_rounds=rounds))
     run.prompts = run.engine = run.grader = script  # type: ignore[assignment]
-    found, num_rounds = sample_groups(run, 3)
+    sampled = sample_groups(run, 3)
+    assert sampled is not None
+    found, num_rounds = sampled
     mixed = [sum(row[0] != row[1] for part in rewards[: number + 1] for row in part) for number in range(rounds)]
     assert num_rounds == next((number + 1 for number in range(rounds) if mixed[number] >= prompts), rounds)
     assert (script.drawn, len(set(script.seeds))) == (num_rounds * prompts, num_rounds)
@@ -388,7 +406,8 @@ def test_no_further_round_is_begun_when_the_run_was_asked_to_stop() -> None:
     run, script = make_run(prompts=1, samples=2, batch=2, stopped=True), Scripted([[[0.0, 0.0]]] * 3)
     run.config = replace(run.config, algorithm=replace(run.config.algorithm, sampling_rounds=3))
     run.prompts = run.engine = run.grader = script  # type: ignore[assignment]
-    assert sample_groups(run, 3)[1] == 1
+    assert sample_groups(run, 3) is None
+    assert script.drawn == 1
 
 
 def ids(step_of: dict[str, int]) -> dict[int, set[str]]:
@@ -526,4 +545,200 @@ def test_waiting_for_the_groups_of_other_ranks_is_not_grading(monkeypatch: pytes
     monkeypatch.setattr("megatron_r1z.metrics.time.perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr("megatron_r1z.loop.ranks.gather", lambda items: [next(clock) for _ in range(7)] and items)
     sample_groups(run, 3)
-    assert run.watch.lap() == {"time/rollout_s": 1.0, "time/grade_s": 1.0, "time/gather_s": 8.0}
+    assert run.watch.lap() == {"time/rollout_s": 1.0, "time/grade_s": 1.0, "time/gather_s": 10.0}
+
+
+# ------------------------------------------------------------------------------------------------------------ stopped and gone on
+
+
+class Course:
+    """All parts of a run but its loop, in one: what they do depends on the weights, and a stop may be asked for at any of their calls.
+
+    `checkpoints` is what is on disk: weights and state by iteration; `rows` what was logged, by iteration.
+    """
+
+    topology = Topology(1)
+    has_moments = True
+    finds_answers = False
+
+    def __init__(self, checkpoints: dict[int, tuple[int, dict[str, Any]]], rows: dict[int, dict[str, float]], stop_at: int | None) -> None:
+        self.disk, self.rows, self.stop_at = checkpoints, rows, stop_at
+        self.requested = False
+        self.events: list[str] = []
+        self.weights = 1
+        self.engine_weights = 0
+
+    def note_event(self, name: str) -> None:
+        self.events.append(name)
+        self.requested |= len(self.events) - 1 == self.stop_at
+
+    def mix(self, *values: object) -> int:
+        return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=4).digest(), "big")
+
+    # engine and grader
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int) -> list[Group]:
+        self.note_event("rollout" if sampling.top_k == -1 and sampling.seed > 10**6 else "evaluation")
+        if self.requested:
+            raise Interrupted
+        groups = []
+        for index, prompt in enumerate(prompts):
+            tokens = [
+                self.mix(self.engine_weights, prompt.prompt_id, sampling.seed, number) % 90 + 1 for number in range(sampling.num_samples)
+            ]
+            responses = [Response("r", (token,), (-float(token),), FinishReason.STOP, policy_version) for token in tokens]
+            groups.append(Group(index, prompt, tuple(responses)))
+        return groups
+
+    def grade(self, groups: Sequence[Group]) -> list[GradedGroup]:
+        self.note_event("grade")
+        if self.requested:
+            raise Interrupted
+        return [GradedGroup(item, tuple(self.verdict(response) for response in item.responses)) for item in groups]
+
+    def verdict(self, response: Response) -> Verdict:
+        is_right = response.token_ids[0] % 2 == 0
+        return Verdict(VerdictKind.CORRECT if is_right else VerdictKind.WRONG, float(is_right), None)
+
+    # policy
+
+    def packing_rules(self) -> PackingRules:
+        return PackingRules(1, 64)
+
+    def response_logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        return [item.engine_logprobs_R for item in batches]
+
+    def with_logprobs(self, batches: Sequence[GlobalBatch]) -> Sequence[GlobalBatch]:
+        self.note_event("log-probs")
+        return batches
+
+    def update(self, batch: GlobalBatch) -> UpdateStats:
+        self.note_event("step")
+        tokens = [token for item in batch.micro_batches for token in item.targets_R.tolist()]
+        self.weights = self.mix(self.weights, tokens)
+        figures = {item.name: 0.0 for item in dataclasses.fields(UpdateStats) if item.name not in ("skipped", "non_finite")}
+        return UpdateStats(**figures | {"loss": float(self.weights)}, skipped=False)  # type: ignore[arg-type]
+
+    def refit(self, policy_version: int) -> RefitReceipt:
+        self.note_event("refit")
+        self.engine_weights = self.weights
+        return RefitReceipt(policy_version, 64 + policy_version, 0.0, (), ())
+
+    # checkpoints and log
+
+    def path(self, step: int) -> Path:
+        return Path(f"step_{step}")
+
+    def save(self, step: int, _policy: object, state: dict[str, Any], _critic: object) -> Path:
+        self.note_event("save")
+        self.disk[step] = self.weights, json.loads(json.dumps(state))
+        return self.path(step)
+
+    def note(self, step: int, state: dict[str, Any]) -> None:
+        self.note_event("note")
+        self.disk[step] = self.disk[step][0], json.loads(json.dumps(state))
+
+    def write(self, unit: str, number: int, metrics: dict[str, float]) -> None:
+        if unit == "iteration":
+            row = self.rows.setdefault(number, {})
+            figures = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+            assert not set(row) & set(figures), "logged twice"
+            row |= figures
+
+    def say(self, _line: str) -> None: ...
+    def phase(self, _name: str) -> None: ...
+    def row(self, _cells: object) -> None: ...
+
+
+def course_of(course: Course, folder: Path) -> Run:
+    """A run at the newest of the checkpoints of `course`, or at its beginning; as `made_run` makes it."""
+    config = make_run(batch=4, prompts=4, samples=2).config
+    config = replace(
+        config,
+        algorithm=replace(config.algorithm, iterations=5, sampling_rounds=2),
+        evaluation=replace(config.evaluation, every=2),
+        checkpoint=replace(config.checkpoint, every=3),
+        logging=replace(config.logging, folder=str(folder), rollouts=False),
+    )
+    questions = [Prompt(f"q/{index}", "?", (1,), ("7",), "q") for index in range(7)]
+    stream = PromptStream([(questions, 1.0)], 0)
+    state, saved = RunState(0, 0, stream.to_state(), put_off=("evaluation",)), None
+    if course.disk:
+        course.weights, tree = course.disk[max(course.disk)]
+        state = saved = RunState.from_tree(tree)
+        stream.restore(state.prompts)
+    for number in [number for number in course.rows if number > state.iteration or saved is None]:
+        del course.rows[number]
+    parts: Any = dict.fromkeys(("policy", "engine", "grader", "checkpoints", "log", "stop_flag"), course)
+    evaluation = (PromptSet("held", questions[:2], 1.0, 0),)
+    return Run(
+        config=config, critic=None, refit=course.refit, prompts=stream, stop=(), evaluation=evaluation, state=state, saved=saved, **parts
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken_course(tmp_path_factory: pytest.TempPathFactory, one_rank: None) -> Course:
+    course = Course({}, {}, None)
+    assert train(course_of(course, tmp_path_factory.mktemp("unbroken")))
+    assert (sorted(course.disk), sorted(course.rows)) == ([3, 5], [0, 1, 2, 3, 4, 5])
+    return course
+
+
+def test_a_run_stopped_at_any_call_loses_nothing_and_goes_on_to_the_same_end(unbroken_course: Course, tmp_path: Path) -> None:
+    """After the request only the steps that are left of the iteration, and the checkpoint; the rest of it is made up for."""
+    for stop_at, at in enumerate(unbroken_course.events):
+        first = Course({}, {}, stop_at)
+        run = course_of(first, tmp_path)
+        is_done = train(run)
+        after = first.events[stop_at + 1 :]
+        left = after.index("save") if "save" in after else len(after)
+        assert set(after[:left]) <= ({"step"} if at == "step" else set()), (at, after)
+        assert after[left:] in ([], ["save"]), (at, after)
+        finished = first.events.count("refit") - 1 if at not in ("step", "refit") else None
+        assert first.disk.keys() >= ({run.state.iteration} if run.state.iteration else set())
+        if first.disk:
+            weights, tree = first.disk[run.state.iteration]
+            assert (weights, RunState.from_tree(tree)) == (first.weights, run.state)
+            assert finished is None or run.state.iteration >= finished
+        second = Course(first.disk, first.rows, None)
+        assert train(course_of(second, tmp_path))
+        assert not is_done or set(second.events) <= {"refit"}
+        assert second.weights == unbroken_course.weights
+        assert second.disk[5] == unbroken_course.disk[5]
+        assert second.rows == unbroken_course.rows, at
+
+
+@given(first=st.integers(0, 60), second=st.integers(0, 60))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_run_may_be_stopped_again_and_again(unbroken_course: Course, tmp_path: Path, first: int, second: int) -> None:
+    course = Course({}, {}, first)
+    train(course_of(course, tmp_path))
+    for stop_at in (second, 0, 1, None):
+        course = Course(course.disk, course.rows, stop_at)
+        train(course_of(course, tmp_path))
+    assert (course.weights, course.disk[5], course.rows) == (unbroken_course.weights, unbroken_course.disk[5], unbroken_course.rows)
+
+
+class Diverging(Course):
+    """From its third step on every step is skipped."""
+
+    def update(self, batch: GlobalBatch) -> UpdateStats:
+        before = self.weights
+        stats = super().update(batch)
+        if self.events.count("step") < 8:
+            return stats
+        self.weights = before
+        return replace(stats, grad_norm=math.inf, skipped=True)
+
+
+def test_a_run_that_ends_by_skips_leaves_the_checkpoints_as_they_were(tmp_path: Path) -> None:
+    for _start in range(2):
+        course = Diverging({}, {}, None)
+        run = course_of(course, tmp_path)
+        with pytest.raises(
+            TrainingError, match=r"3 optimizer steps in a row were skipped.* no checkpoint was written, the newest is step_3:"
+        ):
+            train(run)
+        assert list(course.disk) == [3]
+        assert course.events[-1] == "step"
+    assert TrainingError.status == 3

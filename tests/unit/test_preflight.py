@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +233,28 @@ def test_a_tokenizer_without_the_chat_template_that_is_asked_for(folder: Path) -
     assert "chat template" in refusal(folder, DataError, data={"template": "chat"})
 
 
-def test_a_checkpoint_that_the_run_would_not_go_on_from(folder: Path) -> None:
-    (folder / "run" / "checkpoints").mkdir(parents=True)
-    (folder / "run" / "checkpoints" / "latest").write_text("step_000050\n")
-    sentence = refusal(folder, checkpoint={"resume": False})
-    assert f"{folder / 'run'} holds checkpoint step_000050 and checkpoint.resume is false" in sentence
-    check_train(train_config(folder))
+def test_a_checkpoint_that_the_run_would_not_go_on_from(folder: Path, make_checkpoint: Callable[[Path], Path]) -> None:
+    checkpoints = folder / "run" / "checkpoints"
+    for step in (50, 100):
+        make_checkpoint(checkpoints / f"step_{step:06d}")
+    for pointer in ("step_000100\n", "", None):
+        if pointer is None:
+            (checkpoints / "latest").unlink()
+        else:
+            (checkpoints / "latest").write_text(pointer)
+        sentence = refusal(folder, checkpoint={"resume": False})
+        assert f"{folder / 'run'} holds checkpoints (step_000050, step_000100) and checkpoint.resume is false" in sentence
+        check_train(train_config(folder))
+
+
+def test_a_damaged_checkpoint_is_refused_before_ranks_start(folder: Path, make_checkpoint: Callable[[Path], Path]) -> None:
+    checkpoint = make_checkpoint(folder / "run" / "checkpoints" / "step_000050")
+    assert "is damaged" not in refusal(folder, checkpoint={"resume": False})
+    (checkpoint.parent / "latest").write_text("step_000050")
+    (checkpoint / "common.pt").unlink()
+    assert "step_000050 is damaged: common.pt is missing; there is no complete one before it" in refusal(folder, DataError)
+    sentence = refusal(folder, logging={"folder": str(folder / "other")}, model={"checkpoint": str(checkpoint)})
+    assert f"model.checkpoint {checkpoint} is damaged: common.pt is missing" in sentence
 
 
 # ------------------------------------------------------------------------------------------------------------------------- lengths

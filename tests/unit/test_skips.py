@@ -68,10 +68,10 @@ def test_the_run_stops_with_one_sentence() -> None:
         skips.check("iteration 2")
     assert str(caught.value) == (
         "2 optimizer steps in a row were skipped, the last of them optimizer step 2: the loss was not finite for 2 of 11 samples "
-        "(3/0, 9/0); iteration 2 is in the newest checkpoint: look at these samples, lower optimizer.lr, or raise "
-        "optimizer.max_skipped_steps to go on."
+        "(3/0, 9/0); no checkpoint was written, the newest is iteration 2: look at these samples, lower optimizer.lr, or raise "
+        "optimizer.max_skipped_steps, before the run is started again."
     )
-    with pytest.raises(TrainingError, match=r"\(3/0, 9/0\); there is no checkpoint yet: look at these samples"):
+    with pytest.raises(TrainingError, match=r"\(3/0, 9/0\); no checkpoint was written, there is no checkpoint yet: look at these samples"):
         skips.check(None)
 
 

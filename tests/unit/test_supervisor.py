@@ -347,26 +347,133 @@ def test_errors_are_written_as_torchrun_reads_them(
     assert "raise error" in json.loads(path.read_text())["message"]["extraInfo"]["py_callstack"]
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def run_torchrun(folder: Path, script: str, *options: str, num_ranks: int = 1, **variables: str) -> subprocess.Popen[str]:
+    """torchrun over ranks that run `script` in a folder of its own."""
+    (folder / "rank.py").write_text(PRELUDE + textwrap.dedent(script), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "R1Z"))}
+    environment |= {"PYTHONPATH": str(Path(supervisor.__file__).parents[1]), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"} | variables
+    command = [*TORCHRUN, str(num_ranks), *options, "rank.py"]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_rank_of_torchrun_removes_the_shared_memory_of_its_run(status: int, tmp_path: Path) -> None:
     """Its engines are not shut down by the interpreter, and no supervisor cleans up behind it."""
-    port = random.randrange(100_000, 10_000_000)  # of nobody
-    ours, others = (Path(f"/dev/shm/{tmp_path.name}{name}-tp:0-[0-1]-cpushm_0") for name in (f"-{port}", f"-{port}0"))
-    for path in (ours, others):
-        path.touch()
+    name = f"/dev/shm/{tmp_path.name}"
+    process = run_torchrun(
+        tmp_path,
+        f"""
+        def main():
+            for more in ("", "0"):
+                Path(f"{name}-{{os.environ['MASTER_PORT']}}{{more}}-tp:0-[0-1]-cpushm_0").touch()
+            if {status}:
+                raise errors.EngineError("dead.")
+            return 0
+        sys.exit(rank_entry(main))
+        """,
+    )
+    _, err = process.communicate(timeout=120)
+    left = list(Path("/dev/shm").glob(f"{tmp_path.name}-*"))
     try:
-        script = PRELUDE + textwrap.dedent(f"""
-            def main():
-                if {status}:
-                    raise errors.EngineError("dead.")
-                return 0
-            sys.exit(rank_entry(main))
-        """)
-        environment = os.environ | {"RANK": "0", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x"}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (status, "rank 0: dead.\n" if status else "")
-        assert not ours.exists()
-        assert others.exists()
+        assert process.returncode == status, err
+        assert ("rank 0: dead." in err) == bool(status)
+        (path,) = left
+        assert re.search(r"-\d+0-tp:0", path.name)
     finally:
-        for path in (ours, others):
+        for path in left:
             path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("is_final", [True, False])
+def test_torchrun_does_not_start_a_run_again_that_ended_for_good(is_final: bool, tmp_path: Path) -> None:
+    error = "TrainingError" if is_final else "EngineError"
+    process = run_torchrun(
+        tmp_path,
+        f"""
+        def main():
+            Path(f"began_{{os.environ['TORCHELASTIC_RESTART_COUNT']}}_{{rank}}").touch()
+            raise errors.{error}("no step came to anything.")
+        sys.exit(rank_entry(main))
+        """,
+        *("--max-restarts", "2"),
+        R1Z_FINAL_FILE=str(tmp_path / "final"),
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 0: no step came to anything." in err
+    began = sorted(path.name for path in tmp_path.glob("began_*"))
+    assert began == (["began_0_0"] if is_final else ["began_0_0", "began_1_0", "began_2_0"])
+    assert (tmp_path / "final").exists() == is_final
+
+
+def test_ranks_of_torchrun_have_the_time_that_launch_gives_them(tmp_path: Path) -> None:
+    """40 seconds, where torchrun has 30 of its own: in the variable that `launch` sets, and one rank needs them."""
+    script = UNTIL_STOPPED.replace('Path(f"saved', 'time.sleep(40 * rank); Path(f"saved')
+    process = run_torchrun(tmp_path, script, num_ranks=2, **grace_of_launch(300))
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"ready_{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert (tmp_path / "saved_0").exists()
+    assert (tmp_path / "saved_1").exists()
+
+
+def grace_of_launch(seconds: int) -> dict[str, str]:
+    """The variable of torchrun that `launch` sets, as its source has it: that module needs nemo-run."""
+    source = (Path(supervisor.__file__).parent / "launch" / "executors.py").read_text()
+    (name,) = re.findall(r'"(\w+_SHUTDOWN_TIMEOUT)": str\(math.ceil\(job.config.parallel.grace_s\)\)', source)
+    return {name: str(seconds)}
+
+
+LEFT_OVER = {
+    **{"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"},
+    **{"GROUP_RANK": "1", "ROLE_RANK": "3", "ROLE_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+    **{"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_ERROR_FILE": "/no/such/attempt_1/0/error.json", "SLURM_PROCID": "3"},
+}
+"""Of a torchrun that is no longer there."""
+
+
+def test_variables_alone_make_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("R1Z_SUPERVISOR", raising=False)
+    for name in LEFT_OVER:
+        monkeypatch.delenv(name, raising=False)
+    assert not supervisor.is_rank()
+    assert supervisor.leftover_notice() is None
+    for name, value in LEFT_OVER.items():
+        monkeypatch.setenv(name, value)
+    assert not supervisor.is_rank()
+    assert "RANK, LOCAL_RANK, WORLD_SIZE" in str(supervisor.leftover_notice())
+    monkeypatch.setenv("R1Z_SUPERVISOR", "1")
+    assert supervisor.is_rank()
+
+
+def test_what_a_torchrun_left_in_the_environment_does_not_reach_the_ranks(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the agent's store in the environment, rank 0 would look for a store of another instead of making one."""
+    for name, value in LEFT_OVER.items():
+        monkeypatch.setenv(name, value)
+    result = run("""
+        def main():
+            import torch.distributed as dist
+            dist.init_process_group("gloo")
+            dist.barrier()
+            os.write(1, f"{dist.get_rank()} {dist.get_world_size()}\\n".encode())
+            dist.destroy_process_group()
+            return 0
+        sys.exit(rank_entry(main))
+    """).end()
+    assert (result.status, result.err, sorted(result.out.splitlines())) == (0, "", ["0 2", "1 2"])
+
+
+def test_a_run_that_another_start_would_not_change_has_status_3(run: Callable[..., Run]) -> None:
+    result = run("""
+        def main():
+            raise errors.TrainingError("no step came to anything.")
+        sys.exit(rank_entry(main))
+    """).end()
+    assert (result.status, result.left) == (3, [])
+    assert re.fullmatch(r"rank [01]: no step came to anything\.\n", result.err)
