@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # One thread for each process: the tests start many of them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# Older processors than the one at hand: what ATen's kernels, oneDNN (and with it vLLM) and MKL are held to.
+PROCESSORS := default/SSE41/SSE4_2 avx2/AVX2/AVX2 avx512/AVX512_CORE/AVX512
 # pytest ends with 5 when it has collected nothing, which is right for a tier that PYTEST_ARGS deselects.
 NONE_IS_FINE := || { status=$$?; $(if $(PYTEST_ARGS),[ $$status -eq 5 ] ||,) exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help env launch-env quickstart test test-megatron-latest invariance check format clean
+.PHONY: help env launch-env quickstart test test-processors test-megatron-latest invariance check format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +31,14 @@ test: env ## unit tests, then the whole loop on CPU; PYTEST_ARGS="-k name -x" go
 	@$(PYTEST) --numprocesses auto --dist loadfile tests/unit $(PYTEST_ARGS) $(NONE_IS_FINE)
 	@echo "== loop tests (tests/loop) =="
 	@$(PYTEST) --numprocesses 2 --dist loadfile tests/loop $(PYTEST_ARGS) $(NONE_IS_FINE)
+
+test-processors: env ## `make test` as on older processors: SSE4, AVX2, AVX-512 without AMX
+	@for processor in $(PROCESSORS); do \
+		others=$${processor#*/}; \
+		export ATEN_CPU_CAPABILITY=$${processor%%/*} ONEDNN_MAX_CPU_ISA=$${others%/*} MKL_ENABLE_INSTRUCTIONS=$${others#*/}; \
+		echo "== $$processor =="; MKL_VERBOSE=1 $(BIN)/python tools/instruction_sets.py || exit 1; \
+		$(MAKE) --no-print-directory test || exit 1; \
+	done
 
 invariance: env ## measure every layout against the float64 reference and write docs/invariance.md (4 minutes)
 	@$(PYTEST) tests/loop/test_layouts.py --invariance docs/invariance.md

@@ -6,6 +6,8 @@ Written for vLLM 0.32 (`tests/unit/rollout/test_cpu.py` fails when what is relie
   (measured: 2 % of the speed in float32, 17 % in bfloat16);
 - tensor-parallel CPU engines talk through shared memory whose name comes from the init method, the same for every run on the machine;
   `RankExecutor` puts the run's port into it, and `supervisor.py` removes what a killed run leaves;
+- its kernels are chosen by what the processor can do, whatever oneDNN is held to by `ONEDNN_MAX_CPU_ISA`. Linux gives AMX to a process that
+  has asked for it, and it is oneDNN that asks: where it is held below, such a kernel ends the process by SIGILL;
 - chunked prefill and per-request seeds do not go together, and eager mode must not compile its sampler.
 """
 
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,10 +28,28 @@ CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def prepare_import() -> None:
-    """Set what vLLM reads when it is imported; a value that the user has set stays."""
+    """Set what vLLM reads when it is imported; a value that the user has set stays. oneDNN's instruction set holds for vLLM as well."""
     for name, value in (ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
+    capabilities = MappingProxyType(held_back(torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")))
+    torch.cpu.get_capabilities = lambda: capabilities
     logging.getLogger("vllm").setLevel(logging.ERROR)  # it speaks before it reads its own setting
+
+
+def held_back(capabilities: Mapping[str, Any], instruction_set: str) -> dict[str, Any]:
+    """What is left of a processor's capabilities, by torch's names, under a value of `ONEDNN_MAX_CPU_ISA`; an empty one holds nothing back.
+
+    >>> held_back({"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_tile": True}, "AVX512_CORE_BF16")
+    {'avx2': True, 'avx512_f': True, 'avx512_bf16': True, 'amx_tile': False}
+    """
+    name, beyond = instruction_set.upper(), ["amx", "avx512"]
+    if name in ("", "ALL", "DEFAULT") or "AMX" in name:
+        beyond = []
+    elif name.startswith("AVX10") or name in ("AVX512_CORE_BF16", "AVX512_CORE_FP16"):
+        beyond = ["amx"]
+    elif name.startswith("AVX512"):
+        beyond = ["amx", "avx512_bf16"]
+    return {feature: False if feature.startswith(tuple(beyond)) else value for feature, value in capabilities.items()}
 
 
 def prepare_engine(max_model_tokens: int) -> dict[str, Any]:

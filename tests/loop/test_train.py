@@ -96,6 +96,7 @@ def are_close(row: dict[str, float], expected: dict[str, float]) -> bool:
 
 
 def left_nothing(outcome: Any) -> bool:
+    print("left", outcome.processes, outcome.segments)
     return outcome.processes == outcome.segments == []
 
 
@@ -308,8 +309,7 @@ def test_all_switches_beside_the_objective_at_once(training: list[str], cli: Any
         assert mixed == 8 or row["rollout/sampling_rounds"] == 4
         assert all(sample["advantage"] == 0 for sample in samples if sample["finish_reason"] == "length")
         assert any(sample["advantage"] != 0 for sample in samples)
-        assert 0.2 < row["update/tis_truncated_share"] < 0.8  # rounding decides on which side of 1 the factor is
-        assert row["update/tis_weight_mean"] == pytest.approx(1, abs=1e-4)
+        assert 1 - 1e-4 < row["update/tis_weight_mean"] <= 1  # rounding decides on which side of 1 a factor is, and which are cut
     assert any(sample["finish_reason"] == "length" for number in range(3) for sample in rollouts_of(tmp_path, number))
     assert max(row["update/dual_clipped_share"] for row in rows) > 0
 

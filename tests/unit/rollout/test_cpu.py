@@ -63,6 +63,35 @@ def test_the_import_is_prepared_but_what_the_user_has_set_stays(monkeypatch: pyt
     assert ("TORCHDYNAMO_DISABLE" in os.environ) is not torch.cuda.is_available()
 
 
+INSTRUCTION_SETS = {  # of oneDNN: AVX-512, its bfloat16, AMX
+    "SSE41": (False, False, False),
+    "AVX2": (False, False, False),
+    "AVX2_VNNI_2": (False, False, False),
+    "AVX512_CORE": (True, False, False),
+    "AVX512_CORE_VNNI": (True, False, False),
+    "avx512_core_bf16": (True, True, False),
+    "AVX512_CORE_FP16": (True, True, False),
+    "AVX10_1_512": (True, True, False),
+    "AVX512_CORE_AMX": (True, True, True),
+    "AVX10_1_512_AMX_FP16": (True, True, True),
+    "DEFAULT": (True, True, True),
+    "": (True, True, True),
+}
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_vllm_takes_no_kernel_beyond_the_instruction_set_of_onednn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor that has every feature. vLLM asks these functions (`platforms/cpu.py`, `attention/backends/cpu_attn.py`)."""
+    everything = dict.fromkeys(torch.cpu.get_capabilities(), True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: everything)
+    for variable in cpu.ENVIRONMENT | cpu.CPU_ENVIRONMENT | {"ONEDNN_MAX_CPU_ISA": ""}:
+        monkeypatch.setenv(variable, name)
+    cpu.prepare_import()
+    asked = (torch.cpu._is_avx512_supported, torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    assert tuple(ask() for ask in asked) == INSTRUCTION_SETS[name]
+    assert torch.cpu._is_avx2_supported()
+
+
 def test_version(vllm: Any) -> None:
     if torch.version.cuda is not None:
         pytest.skip("not a CPU environment")
