@@ -221,10 +221,11 @@ def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> 
 
 def _check_questions(config: TrainConfig | EvaluateConfig, sets: Sequence[QuestionSet]) -> None:
     """That the template takes every conversation, and that reward functions work on one of the questions."""
-    template = make_template(config.data, load_tokenizer(config.model.path))
     questions = [question for item in sets for question in item.questions]
-    for question in questions:
-        if question.messages:
+    conversations = [question for question in questions if question.messages]
+    if conversations and config.data.template == "chat":
+        template = make_template(config.data, load_tokenizer(config.model.path))
+        for question in conversations:
             template.put(question)
     for function in [config.grading.function, *(item.function for item in config.grading.extra)]:
         if function is not None:

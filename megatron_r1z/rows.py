@@ -214,7 +214,9 @@ def _scan_file(path: Path) -> Iterator[Row]:
         with cast(BinaryIO, gzip.open(path)) if compressed else path.open("rb") as stream:
             yield from _READERS[suffix](stream, path)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read to its end ({str(error).rstrip('.') or type(error).__name__}); copy it anew.") from error
+        raise DataError(
+            f"{path} cannot be read to its end ({str(error).rstrip('.') or type(error).__name__}); copy it anew, or let it be read."
+        ) from error
 
 
 def _scan_jsonl(stream: BinaryIO, path: Path) -> Iterator[Row]:

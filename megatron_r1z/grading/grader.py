@@ -77,7 +77,7 @@ class MathGrader:
         return self._comparer.judge(pairs)
 
     def self_test(self) -> None:
-        """Compare known pairs; see `Comparer.self_test`. Of a function nothing is known, `check_reward_function` has loaded it."""
+        """Compare known pairs; see `Comparer.self_test`. Of a function nothing is known, `check_reward_function` has tried it."""
         if self._function is None:
             self._comparer.self_test()
 

@@ -93,3 +93,14 @@ def test_a_command_that_only_prints_ends_like_other_tools(arguments: list[str]) 
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (READER_GONE, b"")
+
+
+def test_a_stop_is_asked_for_also_when_nobody_reads_the_errors() -> None:
+    program = (
+        "from megatron_r1z.supervisor import _StopRequests\nstop = _StopRequests()\nstop.request()\nraise SystemExit(not stop.requested)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 0

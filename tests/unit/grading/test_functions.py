@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -254,3 +256,21 @@ def test_what_is_not_a_finite_number_is_told(value: object) -> None:
 def test_a_call_that_ends_the_process_is_an_error_that_names_it(write: Write) -> None:
     function = write("import sys\ndef reward(response, answers, finish_reason): return 1.0 if response == '5' else sys.exit(3)")
     assert rate(function, "6", "5") == [Outcome(OutcomeKind.ERROR, None, "SystemExit: 3"), Outcome(OutcomeKind.DONE, 1.0, "")]
+
+
+def test_a_function_that_prints_does_not_fail_when_nobody_reads_the_output(write: Write, tmp_path: Path) -> None:
+    function = write("def reward(response, answers, finish_reason):\n    print(response, flush=True)\n    return 1.0")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom megatron_r1z.grading.functions import FunctionPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = FunctionPool(sys.argv[1], 1, 30.0)\n"
+        "    outcomes = pool.rate([('5', ('5',), 'stop')] * 3)\n"
+        "    pool.close()\n"
+        "    sys.exit([outcome.result for outcome in outcomes] != [1.0] * 3)\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(program), function], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
