@@ -150,7 +150,7 @@ def _unlink(names: list[str]) -> list[str]:
 
 
 class StopFlag:
-    """Set by SIGINT or SIGTERM; the loop polls it between phases, saves a checkpoint and ends with status `STOPPED`.
+    """Set by SIGINT or SIGTERM; loop, engine and grader poll it, and the rank saves a checkpoint and ends with status `STOPPED`.
 
     Ranks see the signal at different times, so a decision to stop must be reduced over all of them.
     """
