@@ -100,6 +100,7 @@ def run_ranks(
         finally:
             _kill_descendants(strangers)
             remove_shared_memory(port)
+            remove_orphaned_segments()
         return run.report(traceback_kept=error_folder is not None)
 
 
@@ -150,7 +151,7 @@ def _unlink(names: list[str]) -> list[str]:
 
 
 class StopFlag:
-    """Set by SIGINT or SIGTERM; the loop polls it between phases, saves a checkpoint and ends with status `STOPPED`.
+    """Set by SIGINT or SIGTERM; loop, engine and grader poll it, and the rank saves a checkpoint and ends with status `STOPPED`.
 
     Ranks see the signal at different times, so a decision to stop must be reduced over all of them.
     """
@@ -179,6 +180,7 @@ def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
     is_launched = is_rank()
     if is_launched:
         die_with_parent(int(os.environ.get(_SUPERVISOR_VARIABLE, os.getppid())))
+        _clean_up_before()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored so far, see `_StopRequests.ignored_by_children`
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # whole lines of several ranks, and none lost when a rank is killed
@@ -205,6 +207,13 @@ def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _clean_up_before() -> None:
+    """What `run_ranks` does for its ranks: one of torchrun's on each machine removes what earlier runs have left."""
+    if not is_supervised() and os.environ["LOCAL_RANK"] == "0":
+        remove_abandoned_shared_memory()
+        remove_orphaned_segments()
 
 
 def die_with_parent(process_id: int) -> None:

@@ -274,6 +274,28 @@ def test_ranks_that_do_not_stop_are_killed(run: Callable[..., Run]) -> None:
     assert "rank 1 killed after 1 s without an end" in result.err
 
 
+def test_what_a_killed_rank_has_on_record_is_removed_with_it(run: Callable[..., Run]) -> None:
+    """Also where the tracker of Python, which would see to it, is killed first."""
+    started = run(
+        """
+        from multiprocessing import resource_tracker
+        from multiprocessing.shared_memory import SharedMemory
+        from megatron_r1z.segments import record_segments
+        def main():
+            segment = SharedMemory(create=True, size=4096)
+            resource_tracker.unregister(segment._name, "shared_memory")
+            Path("names").write_text(f"{segment.name} {record_segments().name}")
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.exit(rank_entry(main))
+    """,
+        num_ranks=1,
+    )
+    result = started.end()
+    assert result.err.startswith("rank 0 was ended by SIGKILL")
+    paths = [Path("/dev/shm") / name for name in (started.folder / "names").read_text().split()]
+    assert [path.exists() for path in paths] == [False, False]
+
+
 def test_ranks_die_with_a_killed_supervisor(run: Callable[..., Run]) -> None:
     started = run(UNTIL_STOPPED)
     started.wait_for("ready_0", "ready_1")

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from megatron_r1z.errors import R1ZError
+from megatron_r1z.errors import Interrupted, R1ZError
 from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
+from megatron_r1z.supervisor import StopFlag
 
 ROOT = Path(__file__).parents[3]
 TASKS = """
@@ -182,6 +183,26 @@ def python_sigint() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def test_tasks_are_given_up_once_a_stop_is_asked_for(tasks: Any) -> None:
+    """And the pool can be used again by whoever takes the request back."""
+    flag = StopFlag()
+    pool = WorkerPool(tasks.make, 2, 1000.0, stop_flag=flag)
+    try:
+        assert [outcome.result for outcome in pool.run([("echo", 1)])] == [1]
+        timer = threading.Timer(0.3, lambda: setattr(flag, "requested", True))
+        timer.start()
+        with pytest.raises(Interrupted):
+            pool.run([("sleep", 1000.0)] * 4)
+        timer.join()
+        assert pool.worker_pids == ()
+        with pytest.raises(Interrupted):
+            pool.run([("echo", 2)])
+        flag.requested = False
+        assert [outcome.result for outcome in pool.run([("echo", 3)])] == [3]
+    finally:
+        pool.close()
 
 
 def test_an_interrupted_run_leaves_no_stale_answers(make_pool: Callable[..., Pool], python_sigint: None) -> None:
