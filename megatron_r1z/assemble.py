@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ import torch.distributed as dist
 
 from megatron_r1z import __version__
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
+from megatron_r1z.changes import accepts_weights, describe_changes, earlier_config, is_asked_for
 from megatron_r1z.checkpoint import Checkpoints, load_weights
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
 from megatron_r1z.corpus import DocumentStream, load_texts
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.export import load_hf_weights, save_hf
+from megatron_r1z.fingerprint import RowsMark
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.initialise import random_weights
+from megatron_r1z.inputs import INPUTS_FILE, load_inputs, read_inputs, save_inputs
 from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, Spec, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, left_out, modules_to_not_convert
@@ -35,6 +39,7 @@ from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.metrics import Console, RunLog, SilentLog
 from megatron_r1z.objective import make_loss
+from megatron_r1z.order import Cursor, SeededStream
 from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
@@ -45,6 +50,7 @@ from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tok
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
+from megatron_r1z.result_files import replace_text
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import RefitReceipt
@@ -121,20 +127,58 @@ def make_critic(config: TrainConfig, weights: Weights, policy: MegatronPolicy) -
     return critic
 
 
-def make_log(folder: Path, config: TrainConfig | PretrainConfig, finished: Mapping[str, int]) -> RunLog:
-    """The log of this rank; rank 0 also writes the resolved configuration and the versions. `finished`: see `RunLog`."""
+def make_log(folder: Path, finished: Mapping[str, int]) -> RunLog:
+    """The log of this rank; `finished`: see `RunLog`."""
+    return RunLog(folder, finished) if dist.get_rank() == 0 else SilentLog()
+
+
+def write_origin(folder: Path, config: AnyConfig, log: Console, rows: Sequence[RowsMark] = (), *, goes_on: bool = True) -> None:
+    """What the work in a folder is made of: inputs, resolved configuration, versions; rank 0 does this before there are results.
+
+    An earlier configuration that differs is kept as `config.<n>.yaml`. A run that goes on keeps the record of the weights that it began
+    from, also where they are not looked at any more.
+    """
     if dist.get_rank() != 0:
-        return SilentLog()
-    log = RunLog(folder, finished)
-    _write_origin(folder, config)
-    return log
-
-
-def _write_origin(folder: Path, config: AnyConfig) -> None:
-    """The resolved configuration and the versions."""
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config))
+    known = load_inputs(folder)
+    earlier = earlier_config(type(config), folder) if goes_on else None
+    if earlier is not None and known is None:
+        log.say(
+            f"{folder} has no {INPUTS_FILE}, by an earlier version: its files are taken to hold what they did, and compared from now on"
+        )
+    log.phase("reading the weights for their digest")
+    keeps = goes_on and known is not None and isinstance(config, TrainConfig | PretrainConfig) and not accepts_weights(config)
+    save_inputs(folder, read_inputs(config, rows, known, weights=not keeps))
+    changes = describe_changes(earlier, config)
+    if changes is not None:
+        log.say(changes)
+    keep_earlier(folder / "config.yaml", dump_config(config))
+    replace_text(folder / "config.yaml", dump_config(config))
     (folder / "versions.json").write_text(json.dumps(library_versions(), indent=1) + "\n")
+
+
+def keep_earlier(path: Path, text: str) -> None:
+    """Give a file that says something else than `text` the next free number: `config.1.yaml`."""
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        number = next(number for number in count(1) if not path.with_suffix(f".{number}{path.suffix}").exists())
+        path.rename(path.with_suffix(f".{number}{path.suffix}"))
+
+
+def go_on(stream: SeededStream[Any], state: Mapping[str, Any], config: TrainConfig | PretrainConfig) -> str | None:
+    """Put a stream where the checkpoint was, or at its beginning where other rows were asked for; what is worth saying about it.
+
+    Raises:
+        DataError: the checkpoint was drawing from other rows, and nobody asked for them.
+    """
+    cursor = Cursor.from_state(state)
+    reason = cursor.misfit(stream.cursor)
+    if reason is not None and is_asked_for(config):
+        return f"{reason}, as checkpoint.accept_changes allows; the order begins anew"
+    stream.restore(state)
+    if cursor.seed is None:
+        return "the checkpoint, by an earlier version, does not say by which seed, weights and contents it drew: they are taken as they are"
+    return None
 
 
 def library_versions() -> dict[str, str]:
@@ -185,17 +229,21 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     critic = make_critic(config, weights, policy) if config.algorithm.has_critic else None
     policy.start_training(make_loss(config.algorithm), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
+    digests = [item.digest for item in train_sets]
+    prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed, digests)
     state = RunState(0, 0, prompts.to_state())
     latest = checkpoints.latest()
     if latest is not None:
         state = RunState(**checkpoints.load(latest, policy, critic))
-        prompts.restore(state.prompts)
-    log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
+        remark = go_on(prompts, state.prompts, config)
+    log = make_log(folder, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
     _say_sets(log, [*train_sets, *evaluation], config)
     _say_precision(log, config)
     if latest is not None:
         log.say(f"resumed from {latest}: {state.iteration} of {config.algorithm.iterations} iterations done")
+        if remark is not None:
+            log.say(remark)
+    write_origin(folder, config, log, mark_prompts(config, train_sets), goes_on=latest is not None)
     matrices = matrices_in_fp8(config, weights.shape, weights.layout)
     if matrices:
         kept = left_out(weights.shape, matrices)
@@ -273,6 +321,12 @@ def _stop_strings(config: TrainConfig | EvaluateConfig, tokenizer: Any) -> tuple
     return config.rollout.stop if config.rollout.stop is not None else make_template(config.data, tokenizer).stop
 
 
+def mark_prompts(config: TrainConfig, sets: Sequence[PromptSet]) -> list[RowsMark]:
+    """What the sources of training are recognised by."""
+    pairs = zip(config.data.train, sets, strict=True)
+    return [RowsMark.of(source, len(item.prompts) + item.num_dropped, item.digest) for source, item in pairs]
+
+
 def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | EvaluateConfig) -> None:
     for item in sets:
         log.say(f"{item.name}: {len(item.prompts)} prompts, {item.num_dropped} dropped (over {config.data.max_prompt_tokens} tokens)")
@@ -293,18 +347,22 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     policy = make_policy(config, weights)
     policy.start_training(NEXT_TOKEN_LOSS, config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    stream = DocumentStream([(item.documents, item.weight) for item in texts], config.corpus.seed)
+    rows = [item.rows for item in texts]
+    stream = DocumentStream([(item.documents, item.rows.weight) for item in texts], config.corpus.seed, [item.digest for item in rows])
     state = PretrainState(0, stream.to_state())
     latest = checkpoints.latest()
     if latest is not None:
         state = PretrainState(**checkpoints.load(latest, policy))
-        stream.restore(state.documents)
-    log = make_log(folder, config, {"step": state.step if latest else -1})
+        remark = go_on(stream, state.documents, config)
+    log = make_log(folder, {"step": state.step if latest else -1})
     _say_precision(log, config)
     for item in (*texts, *evaluation):
         log.say(item.describe(config.corpus))
     if latest is not None:
         log.say(f"resumed from {latest}: {state.step} of {config.corpus.steps} steps done")
+        if remark is not None:
+            log.say(remark)
+    write_origin(folder, config, log, rows, goes_on=latest is not None)
     try:
         yield Pretraining(config, policy, stream, evaluation, checkpoints, log, StopFlag().install(), state)
     finally:
@@ -318,8 +376,7 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
     sets = load_prompts(config.data, config.evaluation.sets, tokenizer)
     log = Console() if dist.get_rank() == 0 else SilentLog()
     _say_sets(log, sets, config)
-    if dist.get_rank() == 0:
-        _write_origin(config.folder, config)
+    write_origin(config.folder, config, log)
     engine = _make_filled_engine(config)
     grader = MathGrader(config.grading, config.data.template)
     grader.self_test()
@@ -337,8 +394,7 @@ def made_analysis(config: AnalyseConfig) -> Iterator[Analysis]:
     """The analysis of this rank; one engine, made when it is first needed, serves all templates and temperatures."""
     tokenizer = load_tokenizer(config.model.path)
     log, stop_flag = Console() if dist.get_rank() == 0 else SilentLog(), StopFlag().install()
-    if dist.get_rank() == 0:
-        _write_origin(config.folder, config)
+    write_origin(config.folder, config, log)
     cells = {cell: config.evaluation(cell.template, cell.temperature) for cell in cells_of(config)}
     by_template = {cell.template: evaluation for cell, evaluation in cells.items()}
     sets = {name: load_prompts(item.data, item.evaluation.sets, tokenizer) for name, item in by_template.items()}

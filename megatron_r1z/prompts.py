@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from megatron_r1z.config import DataConfig, QuestionSource, RowSource
 from megatron_r1z.errors import DataError, MissingExtraError
+from megatron_r1z.fingerprint import RowsMark, digest_texts
 from megatron_r1z.order import SeededStream
 from megatron_r1z.rows import Row, is_one_of, matches, scan_rows
 from megatron_r1z.types import Prompt
@@ -113,6 +114,8 @@ class PromptSet:
     weight: float
     num_dropped: int
     """Questions left out because their prompt is longer than the limit."""
+    digest: str = ""
+    """Of its questions and answers, those left out among them."""
 
 
 class PromptStream(SeededStream[Prompt]):
@@ -317,21 +320,33 @@ def _load_prompt_set(source: QuestionSource, name: str, template: Template, toke
             f"{source.label}: all {num_dropped} prompts are longer than data.max_prompt_tokens {max_prompt_tokens} "
             f"under template {template.name}; raise the limit."
         )
-    return PromptSet(name, prompts, source.weight, num_dropped)
+    return PromptSet(name, prompts, source.weight, num_dropped, digest_questions(questions))
+
+
+def digest_questions(questions: Sequence[Question]) -> str:
+    """A digest of questions and answers in order, whatever their source is called."""
+    return digest_texts((question.problem, *question.answers) for question in questions)[1]
+
+
+def mark_questions(sources: Sequence[QuestionSource], sets: Sequence[QuestionSet]) -> list[RowsMark]:
+    """What the questions of `sources`, read as `sets`, are recognised by."""
+    pairs = zip(sources, sets, strict=True)
+    return [RowsMark.of(source, len(item.questions), digest_questions(item.questions)) for source, item in pairs]
 
 
 def name_sources(sources: Sequence[RowSource]) -> list[str]:
-    """A name for each source: the stem of its file or the last part of its dataset's name, with as much more as tells sources apart.
+    """A name for each source: its own, else the stem of its file or the last part of its dataset's name, with what tells it from others.
 
     That is folders or the dataset's owner before it, then split and subset behind it.
     """
-    tails = {source.label: _make_tails(source) for source in sources}
+    given = {source.name for source in sources}
+    tails = {source.label: _make_tails(source) for source in sources if source.name is None}
 
     def choose(label: str) -> str:
-        taken = {tail for other, candidates in tails.items() if other != label for tail in candidates}
+        taken = given | {tail for other, candidates in tails.items() if other != label for tail in candidates}
         return next((tail for tail in tails[label] if tail not in taken), label)
 
-    return [choose(source.label) for source in sources]
+    return [source.name or choose(source.label) for source in sources]
 
 
 def _make_tails(source: RowSource) -> list[str]:
