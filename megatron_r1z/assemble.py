@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import torch.distributed as dist
 
 from megatron_r1z import __version__
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
-from megatron_r1z.changes import accepts_weights, describe_changes, earlier_config, is_asked_for
+from megatron_r1z.changes import go_on, record_work
 from megatron_r1z.checkpoint import Checkpoints, load_weights
-from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
+from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig
 from megatron_r1z.corpus import DocumentStream, load_texts
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
@@ -31,7 +30,6 @@ from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.initialise import random_weights
-from megatron_r1z.inputs import INPUTS_FILE, load_inputs, read_inputs, save_inputs
 from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, Spec, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, left_out, modules_to_not_convert
@@ -39,7 +37,6 @@ from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.metrics import Console, RunLog, SilentLog
 from megatron_r1z.objective import make_loss
-from megatron_r1z.order import Cursor, SeededStream
 from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
@@ -50,7 +47,6 @@ from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tok
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
-from megatron_r1z.result_files import replace_text
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import RefitReceipt
@@ -133,52 +129,13 @@ def make_log(folder: Path, finished: Mapping[str, int]) -> RunLog:
 
 
 def write_origin(folder: Path, config: AnyConfig, log: Console, rows: Sequence[RowsMark] = (), *, goes_on: bool = True) -> None:
-    """What the work in a folder is made of: inputs, resolved configuration, versions; rank 0 does this before there are results.
-
-    An earlier configuration that differs is kept as `config.<n>.yaml`. A run that goes on keeps the record of the weights that it began
-    from, also where they are not looked at any more.
-    """
+    """What the work in a folder is made of, and the versions; rank 0 writes them before there are results. See `record_work`."""
     if dist.get_rank() != 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    known = load_inputs(folder)
-    earlier = earlier_config(type(config), folder) if goes_on else None
-    if earlier is not None and known is None:
-        log.say(
-            f"{folder} has no {INPUTS_FILE}, by an earlier version: its files are taken to hold what they did, and compared from now on"
-        )
     log.phase("reading the weights for their digest")
-    keeps = goes_on and known is not None and isinstance(config, TrainConfig | PretrainConfig) and not accepts_weights(config)
-    save_inputs(folder, read_inputs(config, rows, known, weights=not keeps))
-    changes = describe_changes(earlier, config)
-    if changes is not None:
-        log.say(changes)
-    keep_earlier(folder / "config.yaml", dump_config(config))
-    replace_text(folder / "config.yaml", dump_config(config))
+    for line in record_work(folder, config, rows, goes_on=goes_on):
+        log.say(line)
     (folder / "versions.json").write_text(json.dumps(library_versions(), indent=1) + "\n")
-
-
-def keep_earlier(path: Path, text: str) -> None:
-    """Give a file that says something else than `text` the next free number: `config.1.yaml`."""
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        number = next(number for number in count(1) if not path.with_suffix(f".{number}{path.suffix}").exists())
-        path.rename(path.with_suffix(f".{number}{path.suffix}"))
-
-
-def go_on(stream: SeededStream[Any], state: Mapping[str, Any], config: TrainConfig | PretrainConfig) -> str | None:
-    """Put a stream where the checkpoint was, or at its beginning where other rows were asked for; what is worth saying about it.
-
-    Raises:
-        DataError: the checkpoint was drawing from other rows, and nobody asked for them.
-    """
-    cursor = Cursor.from_state(state)
-    reason = cursor.misfit(stream.cursor)
-    if reason is not None and is_asked_for(config):
-        return f"{reason}, as checkpoint.accept_changes allows; the order begins anew"
-    stream.restore(state)
-    if cursor.seed is None:
-        return "the checkpoint, by an earlier version, does not say by which seed, weights and contents it drew: they are taken as they are"
-    return None
 
 
 def library_versions() -> dict[str, str]:
@@ -232,6 +189,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     digests = [item.digest for item in train_sets]
     prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed, digests)
     state = RunState(0, 0, prompts.to_state())
+    remark: str | None = None
     latest = checkpoints.latest()
     if latest is not None:
         state = RunState(**checkpoints.load(latest, policy, critic))
@@ -350,6 +308,7 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     rows = [item.rows for item in texts]
     stream = DocumentStream([(item.documents, item.rows.weight) for item in texts], config.corpus.seed, [item.digest for item in rows])
     state = PretrainState(0, stream.to_state())
+    remark: str | None = None
     latest = checkpoints.latest()
     if latest is not None:
         state = PretrainState(**checkpoints.load(latest, policy))

@@ -8,15 +8,17 @@ says which fields may change; docs/checkpoints.md has them in words.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, leaves, load_config
+from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config, leaves, load_config
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.fingerprint import Marks, RowsMark, differing
-from megatron_r1z.inputs import Inputs, load_inputs, read_inputs
+from megatron_r1z.inputs import INPUTS_FILE, Inputs, load_inputs, read_inputs, save_inputs
+from megatron_r1z.order import Cursor, SeededStream
+from megatron_r1z.result_files import keep_earlier, replace_text
 
 WITHOUT_EFFECT = (
     *("parallel", "logging", "checkpoint", "grading.workers"),
@@ -25,6 +27,8 @@ WITHOUT_EFFECT = (
 """What decides where and how fast a number is computed, and no number beyond rounding. A section stands for all of its fields."""
 BY_CONTENTS = ("model.path", "model.checkpoint", "data.train", "data.shots_path", "corpus.sources")
 """Names of files; what they hold is compared, not what they are called."""
+SOURCES = ("data.train", "evaluation.sets", "corpus.sources", "corpus.evaluation")
+"""Lists of sources, whose values are too long for a line."""
 STEERED = (
     *("algorithm.iterations", "corpus.steps", "corpus.evaluation", "corpus.evaluation_every", "evaluation", "grading.timeout_s"),
     *("optimizer.lr", "optimizer.critic_lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_steps"),
@@ -115,10 +119,12 @@ def _changed_files(field: str, place: str, was: Marks, now: Marks) -> list[Diffe
 
 def _changed_weights(was: tuple[AnyConfig, Marks], now: tuple[AnyConfig, Marks]) -> list[Difference]:
     (config, before), (other, after) = was, now
+    if not differing(before, after):
+        return []
     checkpoints = config.model.checkpoint, other.model.checkpoint
     field = "model.path" if checkpoints == (None, None) else "model.checkpoint"
     if None in checkpoints and checkpoints != (None, None):
-        return [Difference(field, f"the weights of {field} {checkpoints[0]!r}, which is now {checkpoints[1]!r}")] if before else []
+        return [Difference(field, f"the weights of {field} {checkpoints[0]!r}, which is now {checkpoints[1]!r}")]
     return [
         Difference(field, difference.text.replace("other contents", "other weights"))
         for difference in _changed_files(field, other.model.checkpoint or other.model.path, before, after)
@@ -209,17 +215,62 @@ def earlier_config(kind: type[Work], folder: Path) -> Work | None:
         raise ConfigError(f"what {folder} holds is no work of this command ({error}); choose another logging.folder.") from error
 
 
-def describe_changes(was: AnyConfig | None, now: AnyConfig) -> str | None:
+def describe_changes(was: AnyConfig, now: AnyConfig) -> str | None:
     """One line on the settings that a run goes on with and did not have; None where there are none."""
-    changed = {} if was is None else changed_fields(was, now)
+    changed = changed_fields(was, now)
     shown = [
-        f"{name} {before!r} -> {after!r}"
-        if not is_among(name, ("data.train", "corpus.sources", "corpus.evaluation", "evaluation.sets"))
-        else name
+        name if name in SOURCES else f"{name} {before!r} -> {after!r}"
         for name, (before, after) in changed.items()
         if name != "checkpoint.accept_changes"
     ]
     return f"goes on with other settings: {', '.join(shown)}" if shown else None
+
+
+def go_on(stream: SeededStream[Any], state: Mapping[str, Any], config: TrainConfig | PretrainConfig) -> str | None:
+    """Put a stream where the checkpoint was, or at its beginning where other rows were asked for; what is worth saying about it.
+
+    Raises:
+        DataError: the checkpoint was drawing from other rows, and nobody asked for them.
+    """
+    cursor = Cursor.from_state(state)
+    reason = cursor.misfit(stream.cursor)
+    if reason is not None and is_asked_for(config):
+        return f"{reason}, as checkpoint.accept_changes allows; the order begins anew"
+    stream.restore(state)
+    if cursor.seed is None:
+        return "the checkpoint, by an earlier version, does not say by which seed, weights and contents it drew: they are taken as they are"
+    return None
+
+
+# --- every kind of work ---
+
+
+def record_work(folder: Path, config: AnyConfig, rows: Sequence[RowsMark] = (), *, goes_on: bool = True) -> list[str]:
+    """Write what the work in a folder is made of: `inputs.json` and `config.yaml`, an earlier one that differs kept as `config.<n>.yaml`.
+
+    A training run that goes on keeps the record of the weights that it began from, also where they are not looked at any more.
+
+    Args:
+        folder: is made if need be.
+        config: as it is now.
+        rows: what is trained on.
+        goes_on: whether what is in the folder is gone on with, not begun anew.
+
+    Returns:
+        Lines that the user should see.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = load_inputs(folder)
+    earlier = earlier_config(type(config), folder) if goes_on else None
+    keeps = goes_on and known is not None and isinstance(config, TrainConfig | PretrainConfig) and not accepts_weights(config)
+    save_inputs(folder, read_inputs(config, rows, known, weights=not keeps))
+    text = dump_config(config)
+    keep_earlier(folder / "config.yaml", text)
+    replace_text(folder / "config.yaml", text)
+    if earlier is None:
+        return []
+    unknown = f"{folder} has no {INPUTS_FILE}, by an earlier version: its files are taken to hold what they did, and compared from now on"
+    return [line for line in (unknown if known is None else None, describe_changes(earlier, config)) if line is not None]
 
 
 # --- evaluations and analyses ---

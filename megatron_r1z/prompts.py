@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -344,7 +345,8 @@ def name_sources(sources: Sequence[RowSource]) -> list[str]:
 
     def choose(label: str) -> str:
         taken = given | {tail for other, candidates in tails.items() if other != label for tail in candidates}
-        return next((tail for tail in tails[label] if tail not in taken), label)
+        numbered = (f"{label}-{number}" for number in count(2))
+        return next(name for name in chain(tails[label], [label], numbered) if name not in taken)
 
     return [source.name or choose(source.label) for source in sources]
 
