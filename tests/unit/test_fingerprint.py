@@ -80,6 +80,23 @@ def test_a_model_folder_is_its_settings_and_its_weights(tmp_path: Path) -> None:
     assert set(weights_parts(tmp_path, None)) == {"part-1.safetensors", "part-2.safetensors"}
 
 
+def test_a_checkpoint_is_its_weights_without_the_state_of_optimizer_and_critic(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    def marks(**changed: float) -> dict[str, fingerprint.FileMark]:
+        names = {"weights": "decoder.x", "optimizer": "optimizer.state.exp_avg.decoder.x", "critic": "critic.decoder.x"}
+        tensors = {key: torch.full((500,), changed.get(name, 0.0)) for name, key in names.items()}
+        folder = tmp_path / f"{changed}"
+        save(tensors, checkpoint_id=folder, no_dist=True)
+        return mark_all(weights_parts(tmp_path, folder))
+
+    whole = marks()
+    assert sum(mark.num_bytes for mark in whole.values()) > 3 * 500 * 4
+    assert differing(whole, marks(optimizer=1.0)) == differing(whole, marks(critic=1.0)) == []
+    assert differing(whole, marks(weights=1.0)) != []
+
+
 def test_code_is_a_file_and_what_it_imports_from_its_folder(tmp_path: Path) -> None:
     texts = {
         "reward.py": "import json, helper\nfrom package import part\ndef reward(a, b, c):\n    from late import x\n    return 1.0\n",

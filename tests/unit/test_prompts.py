@@ -24,6 +24,7 @@ from megatron_r1z.prompts import (
     load_tokenizer,
     make_prompts,
     make_template,
+    mark_questions,
     name_sources,
     read_questions,
 )
@@ -338,6 +339,13 @@ class TestPrompts:
         assert [(entry.name, len(entry.prompts), entry.weight, entry.num_dropped) for entry in sets] == [("a", 1, 3.0, 1), ("b", 1, 1.0, 0)]
         stream = PromptStream([(entry.prompts, entry.weight) for entry in sets], seed=0)
         assert {prompt.prompt_id for prompt in stream.draw(20)} == {"a/0", "b/0"}
+
+    def test_questions_are_recognised_alike_before_ranks_start_and_by_them(self, tmp_path: Path) -> None:
+        rows = [{"problem": "p", "answer": ["1", "2"]}, {"problem": "p" * 50, "answer": "1"}]
+        sources = [write_rows(tmp_path / "a.jsonl", rows)]
+        (mark,) = mark_questions(sources, load_question_sets(sources))
+        (found,) = load_prompts(make_config(template="no", max_prompt_tokens=10), sources, ByteTokenizer())
+        assert (mark.digest, mark.count) == (found.digest, len(found.prompts) + found.num_dropped)
 
     def test_a_set_of_long_prompts_only_is_refused(self, tmp_path: Path) -> None:
         source = write_rows(tmp_path / "a.jsonl", [{"problem": "p" * 50, "answer": "1"}] * 3)
