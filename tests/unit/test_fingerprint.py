@@ -80,6 +80,7 @@ def test_a_model_folder_is_its_settings_and_its_weights(tmp_path: Path) -> None:
     assert set(weights_parts(tmp_path, None)) == {"part-1.safetensors", "part-2.safetensors"}
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it should be for one process
 def test_a_checkpoint_is_its_weights_without_the_state_of_optimizer_and_critic(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from torch.distributed.checkpoint.state_dict_saver import save
