@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_r1z.analysis.analyse import cells_of, records_path
 from megatron_r1z.analysis.examine import read_levels
 from megatron_r1z.analysis.judge import read_key
 from megatron_r1z.changes import check_goes_on, check_same, on_first_rank
@@ -18,7 +17,6 @@ from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, Parall
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
-from megatron_r1z.evaluate import check_records
 from megatron_r1z.folders import kind_of
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import check_policy
@@ -227,6 +225,8 @@ def _check_evaluated(config: EvaluateConfig) -> None:
 
 def _check_analysed(config: AnalyseConfig) -> None:
     """The same of an analysis, which has one set of questions under each template."""
+    from megatron_r1z.analysis.analyse import cells_of, records_path  # loads what `require_libraries` looks for
+
     check_same(config)
     for cell in cells_of(config):
         _check_records(config.evaluation(cell.template, cell.temperature), [records_path(config, cell)])
@@ -234,6 +234,8 @@ def _check_analysed(config: AnalyseConfig) -> None:
 
 def _check_records(config: EvaluateConfig, paths: Sequence[Path]) -> None:
     """`paths`: where the responses to each set are."""
+    from megatron_r1z.evaluate import check_records  # loads what `require_libraries` looks for
+
     if any(path.exists() for path in paths):
         sets = load_prompts(config.data, config.evaluation.sets, load_tokenizer(config.model.path))
         for path, item in zip(paths, sets, strict=True):
