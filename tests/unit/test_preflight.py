@@ -6,6 +6,8 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -453,14 +455,16 @@ def write_records(path: Path, rows: list[tuple[str, list[str]]]) -> None:
 def test_responses_by_other_references_to_other_prompts_or_of_another_model_are_refused_before_ranks_start(
     folder: Path, command: str
 ) -> None:
-    template = {"analysis": {"templates": ["no"], "temperatures": [0.5], "questions": {"path": str(folder / "questions.jsonl")}}}
     if command == "evaluate":
-        config, path = evaluate_config(folder), folder / "run" / "evaluation" / "questions.jsonl"
-        check = lambda: check_evaluate(config)  # noqa: E731
+        config: Any = evaluate_config(folder)
+        check: Callable[[], None] = partial(check_evaluate, config)
+        path = folder / "run" / "evaluation" / "questions.jsonl"
     else:
-        analysis = analyse_config(folder, **template)
-        config, path = analysis, folder / "run" / "analysis" / "responses" / "no_t0.5.jsonl"  # type: ignore[assignment]
-        check = lambda: check_analyse(analysis)  # noqa: E731
+        config = analyse_config(
+            folder, analysis={"templates": ["no"], "temperatures": [0.5], "questions": {"path": str(folder / "questions.jsonl")}}
+        )
+        check = partial(check_analyse, config)
+        path = folder / "run" / "analysis" / "responses" / "no_t0.5.jsonl"
     record_work(config.folder, config)
     write_records(path, ROWS)
     check()
@@ -477,20 +481,21 @@ def test_responses_by_other_references_to_other_prompts_or_of_another_model_are_
 
 
 def test_a_run_that_would_go_on_as_another_is_refused_before_ranks_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for config, check, other in (
+    commands: list[tuple[Any, Callable[[Any], object], Any]] = [
         (train_config(folder), check_train, train_config(folder, rollout={"seed": 5})),
         (pretrain_config(folder), check_pretrain, pretrain_config(folder, corpus={"seed": 5})),
-    ):
+    ]
+    for config, check, other in commands:
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         record_work(run, config, goes_on=False)
-        check(other)  # type: ignore[operator]
+        check(other)
         (run / "checkpoints" / "step_000001").mkdir(parents=True)
         (run / "checkpoints" / "step_000001" / "state.json").write_text("{}")
         with pytest.raises(ConfigError, match=r"seed 0, which is now 5"):
-            check(other)  # type: ignore[operator]
+            check(other)
         monkeypatch.setenv("RANK", "1")  # of torchrun, where the first rank says it
-        check(other)  # type: ignore[operator]
+        check(other)
         monkeypatch.delenv("RANK")
 
 
