@@ -18,12 +18,14 @@ import torch.distributed as dist
 
 from megatron_r1z import __version__, ranks
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
+from megatron_r1z.changes import go_on, record_work
 from megatron_r1z.checkpoint import Checkpoints, check_finite, load_weights
-from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
+from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig
 from megatron_r1z.corpus import DocumentStream, load_texts
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.export import load_hf_weights, save_hf
+from megatron_r1z.fingerprint import RowsMark
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
@@ -124,19 +126,18 @@ def make_critic(config: TrainConfig, weights: Weights, policy: MegatronPolicy) -
     return critic
 
 
-def make_log(folder: Path, config: TrainConfig | PretrainConfig, finished: Mapping[str, int]) -> RunLog:
-    """The log of this rank; rank 0 also writes the resolved configuration and the versions. `finished`: see `RunLog`."""
+def make_log(folder: Path, finished: Mapping[str, int]) -> RunLog:
+    """The log of this rank; `finished`: see `RunLog`."""
+    return RunLog(folder, finished) if dist.get_rank() == 0 else SilentLog()
+
+
+def write_origin(folder: Path, config: AnyConfig, log: Console, rows: Sequence[RowsMark] = (), *, goes_on: bool = True) -> None:
+    """What the work in a folder is made of, and the versions; rank 0 writes them before there are results. See `record_work`."""
     if dist.get_rank() != 0:
-        return SilentLog()
-    log = RunLog(folder, finished)
-    _write_origin(folder, config)
-    return log
-
-
-def _write_origin(folder: Path, config: AnyConfig) -> None:
-    """The resolved configuration and the versions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config))
+        return
+    log.phase("reading the weights for their digest")
+    for line in record_work(folder, config, rows, goes_on=goes_on):
+        log.say(line)
     (folder / "versions.json").write_text(json.dumps(library_versions(), indent=1) + "\n")
 
 
@@ -193,20 +194,23 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     critic = make_critic(config, weights, policy) if config.algorithm.has_critic else None
     policy.start_training(make_loss(config.algorithm), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed)
+    digests = [item.digest for item in train_sets]
+    prompts = PromptStream([(item.prompts, item.weight) for item in train_sets], config.data.seed, digests)
+    remark: str | None = None
     state, saved = RunState(0, 0, prompts.to_state(), put_off=("evaluation",)), None
     latest = checkpoints.resume_point()
     if latest is not None:
         state = saved = RunState.from_tree(checkpoints.load(latest.path, policy, critic))
-        prompts.restore(state.prompts)
-    log = make_log(folder, config, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
+        remark = go_on(prompts, state.prompts, config)
+    log = make_log(folder, {"iteration": state.iteration, "step": state.steps} if latest else {"iteration": -1, "step": -1})
     if dist.get_rank() == 0:
         drop_receipts(folder, state.iteration)
         drop_rollouts(folder / ROLLOUTS, state.iteration)
     _say_sets(log, [*train_sets, *evaluation], config)
     _say_precision(log, config)
     if latest is not None:
-        _say_resumed(log, latest, f"{state.iteration} of {config.algorithm.iterations} iterations")
+        _say_resumed(log, latest, f"{state.iteration} of {config.algorithm.iterations} iterations", remark)
+    write_origin(folder, config, log, mark_prompts(config, train_sets), goes_on=latest is not None)
     matrices = matrices_in_fp8(config, weights.shape, weights.layout)
     if matrices:
         kept = left_out(weights.shape, matrices)
@@ -288,10 +292,16 @@ def _stop_strings(config: TrainConfig | EvaluateConfig, tokenizer: Any) -> tuple
     return config.rollout.stop if config.rollout.stop is not None else make_template(config.data, tokenizer).stop
 
 
-def _say_resumed(log: Console, point: ResumePoint, done: str) -> None:
-    if point.note is not None:
-        log.say(point.note)
-    log.say(f"resumed from {point.path}: {done} done")
+def _say_resumed(log: Console, point: ResumePoint, done: str, remark: str | None) -> None:
+    for line in (point.note, f"resumed from {point.path}: {done} done", remark):
+        if line is not None:
+            log.say(line)
+
+
+def mark_prompts(config: TrainConfig, sets: Sequence[PromptSet]) -> list[RowsMark]:
+    """What the sources of training are recognised by."""
+    pairs = zip(config.data.train, sets, strict=True)
+    return [RowsMark.of(source, len(item.prompts) + item.num_dropped, item.digest) for source, item in pairs]
 
 
 def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | EvaluateConfig) -> None:
@@ -316,18 +326,21 @@ def made_pretraining(config: PretrainConfig, weights: Weights) -> Iterator[Pretr
     policy = make_policy(config, weights)
     policy.start_training(NEXT_TOKEN_LOSS, config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    stream = DocumentStream([(item.documents, item.weight) for item in texts], config.corpus.seed)
+    rows = [item.rows for item in texts]
+    stream = DocumentStream([(item.documents, item.rows.weight) for item in texts], config.corpus.seed, [item.digest for item in rows])
+    remark: str | None = None
     state, saved = PretrainState(0, stream.to_state(), is_evaluation_due=True), None
     latest = checkpoints.resume_point()
     if latest is not None:
         state = saved = PretrainState(**checkpoints.load(latest.path, policy))
-        stream.restore(state.documents)
-    log = make_log(folder, config, {"step": state.step if latest else -1})
+        remark = go_on(stream, state.documents, config)
+    log = make_log(folder, {"step": state.step if latest else -1})
     _say_precision(log, config)
     for item in (*texts, *evaluation):
         log.say(item.describe(config.corpus))
     if latest is not None:
-        _say_resumed(log, latest, f"{state.step} of {config.corpus.steps} steps")
+        _say_resumed(log, latest, f"{state.step} of {config.corpus.steps} steps", remark)
+    write_origin(folder, config, log, rows, goes_on=latest is not None)
     try:
         yield Pretraining(config, policy, stream, evaluation, checkpoints, log, StopFlag().install(), state, saved)
     finally:
@@ -341,8 +354,7 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
     sets = load_prompts(config.data, config.evaluation.sets, tokenizer)
     log = Console() if dist.get_rank() == 0 else SilentLog()
     _say_sets(log, sets, config)
-    if dist.get_rank() == 0:
-        _write_origin(config.folder, config)
+    write_origin(config.folder, config, log)
     stop_flag = StopFlag()
     engine = _make_filled_engine(config, stop_flag)
     grader = MathGrader(config.grading, config.data.template, stop_flag)
@@ -361,8 +373,7 @@ def made_analysis(config: AnalyseConfig) -> Iterator[Analysis]:
     """The analysis of this rank; one engine, made when it is first needed, serves all templates and temperatures."""
     tokenizer = load_tokenizer(config.model.path)
     log, stop_flag = Console() if dist.get_rank() == 0 else SilentLog(), StopFlag().install()
-    if dist.get_rank() == 0:
-        _write_origin(config.folder, config)
+    write_origin(config.folder, config, log)
     cells = {cell: config.evaluation(cell.template, cell.temperature) for cell in cells_of(config)}
     by_template = {cell.template: evaluation for cell, evaluation in cells.items()}
     sets = {name: load_prompts(item.data, item.evaluation.sets, tokenizer) for name, item in by_template.items()}

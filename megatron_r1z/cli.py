@@ -405,6 +405,7 @@ def _sweep(options: argparse.Namespace, _arguments: list[str]) -> int:
         raise ConfigError("--dry-run, --detach and --cluster are about jobs; say with --executor where they are to run.")
     axes = [sweep.parse_axis(text) for text in options.over]
     cells = sweep.make_cells(options.config, axes, options.overrides)
+    sweep.check_folders(cells)
     failed: list[sweep.Cell] = []
     stopped = False
     try:

@@ -7,6 +7,8 @@ is refused in `__post_init__` of the record it belongs to; what needs the model 
 # Without `from __future__ import annotations`: the command line of nemo-run reads the types of fields, not their names.
 import dataclasses
 import difflib
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -221,6 +223,9 @@ class RowSource:
     """Use only this many rows (from `offset`, of those that `where` leaves)."""
     offset: int = 0
     """Skip this many rows first (of those that `where` leaves)."""
+    name: str | None = None
+    """What figures and files call it, in letters, digits, `.`, `-` and `_`; null: its file or dataset, with as much of the path as tells
+    it from the others. Two sources with figures of their own need one where they are parts of the same file."""
 
     section: ClassVar[str]
     """Of the configuration, for messages."""
@@ -236,6 +241,11 @@ class RowSource:
         for column, values in self.where.items():
             if not values:
                 raise ConfigError(f"{self.section}: where of {self.label} allows no value of '{column}'; list at least one.")
+        if self.name is not None and not re.fullmatch(r"[\w-][\w.-]*", self.name, re.ASCII):
+            raise ConfigError(
+                f"{self.section}: {self.label} has the name '{self.name}', after which files and figures are called; use letters, digits, "
+                "'.', '-' and '_', the first of them no dot."
+            )
 
     def _check_place(self) -> None:
         if self.path is None and self.dataset is None:
@@ -255,6 +265,17 @@ class RowSource:
         if self.path is not None:
             return self.path
         return f"{self.dataset} ({self.split})" if self.subset is None else f"{self.dataset} ({self.subset}, {self.split})"
+
+
+def _check_names(field_name: str, sources: Sequence[RowSource]) -> None:
+    """Refuse two sources whose figures would have the same name."""
+    given = [source.name for source in sources if source.name is not None]
+    places = [os.path.normpath(source.label) if source.path is not None else source.label for source in sources if source.name is None]
+    twice = next((text for texts in (given, places) for text in texts if texts.count(text) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"{field_name} names {twice} twice; its figures would collide, so give each part a name of its own, such as name: level-1."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,6 +588,9 @@ class CheckpointConfig:
     """Go on from the run folder's latest checkpoint if there is one; false refuses a folder that has one."""
     export: bool = True
     """Write the final policy in Hugging Face format."""
+    accept_changes: tuple[str, ...] = ()
+    """Fields such as `data.train` or `algorithm.kl_coef` in which a run that goes on may differ from what it was, though they decide what
+    run it is (docs/checkpoints.md)."""
 
     def __post_init__(self) -> None:
         _positive(self, "every", "keep")
@@ -590,11 +614,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _positive(self, "every", "samples")
         _check_sampling("evaluation", self.top_p, self.samples, (self.temperature,))
-        paths = [source.label for source in self.sets]
-        if len(set(paths)) < len(paths):
-            raise ConfigError(
-                f"evaluation.sets names {next(path for path in paths if paths.count(path) > 1)} twice; its figures would collide."
-            )
+        _check_names("evaluation.sets", self.sets)
 
 
 REFLECTION_KEYWORDS = (
@@ -733,6 +753,7 @@ class CorpusConfig:
             raise ConfigError("corpus.sources is empty; give at least one file or dataset.")
         if self.max_document_tokens < 2:
             raise ConfigError(f"corpus.max_document_tokens is {self.max_document_tokens}; one token predicts nothing, use at least 2.")
+        _check_names("corpus.evaluation", self.evaluation)
         if self.loss_on == "response":
             self._check_responses()
 
@@ -776,6 +797,7 @@ class TrainConfig:
                 f"algorithm.kl_coef is {self.algorithm.kl_coef}, and the reference model's weights take the place of the policy's for a "
                 "pass, which weights in FP8 alone do not survive to the bit; set precision.fp8.param=false."
             )
+        _check_accepted(self)
         if self.rollout.samples_per_prompt == 1 and not self.algorithm.has_critic:
             raise ConfigError("an advantage compares the samples of a prompt; rollout.samples_per_prompt is 1 and must be at least 2.")
 
@@ -866,6 +888,9 @@ class PretrainConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _check_accepted(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1011,6 +1036,16 @@ def to_tree(config: Any) -> Any:
     if isinstance(config, tuple):
         return [to_tree(item) for item in config]
     return config
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field that is no section, by its dotted name, as plain mappings, lists and scalars."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        is_section = dataclasses.is_dataclass(value) and not isinstance(value, RowSource)
+        found |= leaves(value, f"{prefix}{item.name}.") if is_section else {f"{prefix}{item.name}": to_tree(value)}
+    return found
 
 
 def dump_config(config: AnyConfig) -> str:
@@ -1181,6 +1216,15 @@ def _check_engines(parallel: ParallelConfig, rollout: RolloutConfig) -> None:
             f"rollout.tensor_parallel_size {rollout.tensor_parallel_size} does not divide the {parallel.num_ranks} ranks; "
             "engines are made of consecutive ranks."
         )
+
+
+def _check_accepted(config: "TrainConfig | PretrainConfig") -> None:
+    """Refuse a name of `checkpoint.accept_changes` that is none of a field."""
+    known = leaves(config)
+    for name in config.checkpoint.accept_changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"checkpoint.accept_changes: there is no field '{name}'; did you mean '{near}'?")
 
 
 def _positive(record: Any, *names: str) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol, overload
 
 from megatron_r1z.config import CorpusConfig, TextSource
 from megatron_r1z.errors import DataError
+from megatron_r1z.fingerprint import RowsMark, digest_indexed, digest_row, digest_texts, new_digest
 from megatron_r1z.order import SeededStream
 from megatron_r1z.prompts import Tokenizer, explain_filter, name_sources
 from megatron_r1z.rows import Row, chosen_rows
@@ -20,6 +21,8 @@ ROWS_AT_ONCE = 1000
 """Rows that the tokenizer gets in one call: enough for its threads, few enough that their texts and lists of ids do not count."""
 INDEX_HEADER = b"MMIDIDX\x00\x00"
 """What a `.idx` begins with (megatron/core/datasets/indexed_dataset.py)."""
+INDEX_COUNT_AT = len(INDEX_HEADER) + 8 + 1
+"""Where it has the number of its documents: behind a version of 8 bytes and a number format of 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,33 +145,51 @@ class TextSet:
     """The usable documents of one source."""
 
     name: str
-    label: str
     documents: DocumentSet
-    weight: float
+    rows: RowsMark
+    """What it is recognised by."""
 
     def describe(self, config: CorpusConfig) -> str:
         """What was read and what became of it, one line."""
         found, limit = self.documents, config.max_document_tokens
         if config.long_documents == "split":
-            return f"{self.label}: {found.num_documents} documents, {len(found)} when split at {limit} tokens"
-        return f"{self.label}: {len(found)} documents, {found.num_dropped} dropped (over {limit} tokens)"
+            return f"{self.rows.label}: {found.num_documents} documents, {len(found)} when split at {limit} tokens"
+        return f"{self.rows.label}: {len(found)} documents, {found.num_dropped} dropped (over {limit} tokens)"
 
 
 class DocumentStream(SeededStream[Document]):
     """Documents of several weighted sources in a seeded order that resumes exactly; `DocumentStream([(documents, weight), ...], seed)`."""
 
 
-def check_corpus(config: CorpusConfig) -> None:
+def check_corpus(config: CorpusConfig) -> list[RowsMark]:
     """Read every row that is trained on or evaluated, without tokenising it.
+
+    Returns:
+        What the sources that are trained on are recognised by, in order.
 
     Raises:
         DataError: a source or a row is unfit; the message names file, line and what is wrong.
     """
-    for source in (*config.sources, *config.evaluation):
-        if source.is_indexed:
-            _check_files(source)
-        elif not sum(1 for _ in _iterate_pairs(source, config.loss_on)):
-            raise _nothing(source)
+    marks = [_mark_rows(source, config.loss_on) for source in (*config.sources, *config.evaluation)]
+    return marks[: len(config.sources)]
+
+
+def _mark_rows(source: TextSource, loss_on: str) -> RowsMark:
+    if source.is_indexed:
+        return _mark_indexed(source)
+    count, digest = digest_texts(_iterate_pairs(source, loss_on))
+    if not count:
+        raise _nothing(source)
+    return RowsMark.of(source, count, digest)
+
+
+def _mark_indexed(source: TextSource) -> RowsMark:
+    _check_files(source)
+    index = Path(source.path or "")
+    with index.open("rb") as stream:
+        stream.seek(INDEX_COUNT_AT)
+        count = int.from_bytes(stream.read(8), "little")
+    return RowsMark.of(source, count, digest_indexed(index, source.offset, source.limit))
 
 
 def load_texts(config: CorpusConfig, sources: Sequence[TextSource], tokenizer: Tokenizer, vocab_size: int) -> list[TextSet]:
@@ -181,13 +202,13 @@ def load_texts(config: CorpusConfig, sources: Sequence[TextSource], tokenizer: T
         DataError: a source or a row is unfit, or every document is too long; the message names file, line and what is wrong.
     """
     return [
-        TextSet(name, source.label, _load_documents(config, source, tokenizer, vocab_size), source.weight)
+        TextSet(name, *_load_documents(config, source, tokenizer, vocab_size))
         for source, name in zip(sources, name_sources(sources), strict=True)
     ]
 
 
-def _load_documents(config: CorpusConfig, source: TextSource, tokenizer: Tokenizer, vocab_size: int) -> DocumentSet:
-    tokens = _open_indexed(source, vocab_size) if source.is_indexed else _tokenise(source, config.loss_on, tokenizer)
+def _load_documents(config: CorpusConfig, source: TextSource, tokenizer: Tokenizer, vocab_size: int) -> tuple[DocumentSet, RowsMark]:
+    tokens, rows = _open_indexed(source, vocab_size) if source.is_indexed else _tokenise(source, config.loss_on, tokenizer)
     if not len(tokens.lengths):
         raise _nothing(source)
     documents = DocumentSet(tokens, config.max_document_tokens, split=config.long_documents == "split")
@@ -196,7 +217,7 @@ def _load_documents(config: CorpusConfig, source: TextSource, tokenizer: Tokeniz
             f"{source.label}: all {documents.num_documents} documents are longer than corpus.max_document_tokens "
             f"{config.max_document_tokens}; raise the limit, or set corpus.long_documents to split."
         )
-    return documents
+    return documents, rows
 
 
 def _nothing(source: TextSource) -> DataError:
@@ -214,21 +235,25 @@ def _check_files(source: TextSource) -> None:
             raise DataError(f"{index} is no index of megatron-core: it does not begin with {INDEX_HEADER!r}.")
 
 
-def _open_indexed(source: TextSource, vocab_size: int) -> Tokens:
+def _open_indexed(source: TextSource, vocab_size: int) -> tuple[Tokens, RowsMark]:
     from megatron_r1z.indexed import IndexedTokens
 
-    _check_files(source)
-    return IndexedTokens(Path(source.path or ""), source.offset, source.limit, vocab_size)
+    rows = _mark_indexed(source)
+    return IndexedTokens(Path(source.path or ""), source.offset, source.limit, vocab_size), rows
 
 
-def _tokenise(source: TextSource, loss_on: str, tokenizer: Tokenizer) -> Tokens:
-    tokens, pairs = TextTokens(), _iterate_pairs(source, loss_on)
+def _tokenise(source: TextSource, loss_on: str, tokenizer: Tokenizer) -> tuple[Tokens, RowsMark]:
+    tokens, digest, count = TextTokens(), new_digest(), 0
+    pairs = _iterate_pairs(source, loss_on)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
+        count += len(some)
+        for pair in some:
+            digest_row(digest, pair)
         heads = tokenizer([head for head, _ in some], add_special_tokens=True).input_ids
         tails = tokenizer([tail for _, tail in some], add_special_tokens=False).input_ids
         for head, tail, (prompt, _) in zip(heads, tails, some, strict=True):
             tokens.append(_make_document(head, tail, bool(prompt), tokenizer.eos_token_id))
-    return tokens
+    return tokens, RowsMark.of(source, count, digest.hexdigest())
 
 
 def _iterate_pairs(source: TextSource, loss_on: str) -> Iterator[tuple[str, str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -135,14 +136,44 @@ def _read_results(path: Path, chunk: int, prompts: Sequence[Prompt]) -> list[Que
     """The records of the complete chunks on disk; the rest of the file, which a killed run may have left, is cut off."""
     if not path.exists():
         return []
-    complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    complete = _complete_lines(path)
     kept = complete if len(complete) == len(prompts) else complete[: len(complete) // chunk * chunk]
     results = [_from_row(json.loads(line)) for line in kept]
-    if [result.prompt for result in results] != [prompt.text for prompt in prompts[: len(results)]]:
-        raise DataError(f"{path} holds responses to other questions; choose another logging.folder, or delete that file to start again.")
+    _check_questions(path, results, prompts)
     with path.open("r+b") as file:
         file.truncate(sum(map(len, kept)))
-    return results
+    return [replace(result, question_id=prompt.prompt_id) for result, prompt in zip(results, prompts, strict=False)]
+
+
+def check_records(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Refuse responses on disk that are to other prompts, or were graded against other answers, than those of a set.
+
+    Raises:
+        DataError: names the first question that differs, and how.
+    """
+    if path.exists():
+        _check_questions(path, [_from_row(json.loads(line)) for line in _complete_lines(path)], prompts)
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _check_questions(path: Path, results: Sequence[QuestionResult], prompts: Sequence[Prompt]) -> None:
+    advice = "choose another logging.folder, or delete that file to start again"
+    if len(results) > len(prompts):
+        raise DataError(f"{path} holds responses to {len(results)} questions, and the set has {len(prompts)} now; {advice}.")
+    for line, (result, prompt) in enumerate(zip(results, prompts, strict=False), 1):
+        if result.prompt != prompt.text:
+            raise DataError(
+                f"{path} holds responses to other questions; the first is on line {line} ({reprlib.repr(result.prompt)}), where "
+                f"{prompt.prompt_id} is now {reprlib.repr(prompt.text)}; {advice}."
+            )
+        if result.answers != prompt.answers:
+            raise DataError(
+                f"{path} holds verdicts on {prompt.prompt_id} by the answer {list(result.answers)}, which is now {list(prompt.answers)}; "
+                f"{advice}."
+            )
 
 
 def _to_row(result: QuestionResult) -> dict[str, Any]:

@@ -14,6 +14,18 @@ WEIGHTS_FILE = "weights.json"
 """Written last into a checkpoint of weights alone: where they come from."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "generation_config.json",
+)
+"""Files that go along with the weights, as patterns in the model's folder."""
 
 _SIGNS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hf": (("config.json",), (SINGLE_FILE, INDEX_FILE)),
@@ -28,3 +40,8 @@ def kind_of(folder: str | Path) -> Kind | None:
         if all((Path(folder) / name).exists() for name in all_of) and any((Path(folder) / name).exists() for name in one_of):
             return kind
     return None
+
+
+def companions(model_folder: Path) -> list[Path]:
+    """The files that go along with the weights of a folder and say how they are used, but for config.json."""
+    return sorted({path for pattern in _COMPANIONS for path in model_folder.glob(pattern) if path.is_file()})

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_r1z.errors import DataError, ExportError
-from megatron_r1z.folders import INDEX_FILE, SINGLE_FILE
+from megatron_r1z.folders import INDEX_FILE, SINGLE_FILE, companions
 from megatron_r1z.layout.blocks import Box, box_slices
 from megatron_r1z.layout.families import TensorSpec
 
@@ -37,18 +37,6 @@ _FORMATS = {
 }
 """Number formats by their names in a safetensors header."""
 _NAMES = {dtype: name for name, dtype in _FORMATS.items()}
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.jinja",
-    "chat_template*",
-    "generation_config.json",
-)
-"""Files that go along with the weights, as patterns in the model's folder."""
 
 
 def row_ranges(num_rows: int, row_bytes: int, limit: int) -> Iterator[tuple[int, int]]:
@@ -277,10 +265,8 @@ def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype, quant
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for pattern in _COMPANIONS:
-        for path in sorted(model_folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    for path in companions(model_folder):
+        shutil.copyfile(path, folder / path.name)
 
 
 def replace_folder(partial: Path, target: Path) -> None:

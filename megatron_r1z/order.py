@@ -42,8 +42,8 @@ class SeededOrder:
 class Cursor:
     """How far a stream has been drawn, and of what.
 
-    >>> Cursor(drawn=3, taken=(2, 1), sizes=(10, 5)).to_state()
-    {'drawn': 3, 'taken': [2, 1], 'sizes': [10, 5]}
+    >>> Cursor(drawn=3, taken=(2, 1), sizes=(10, 5), seed=0, weights=(1.0, 2.0)).to_state()
+    {'drawn': 3, 'taken': [2, 1], 'sizes': [10, 5], 'seed': 0, 'weights': [1.0, 2.0], 'digests': []}
     """
 
     drawn: int
@@ -51,7 +51,12 @@ class Cursor:
     taken: tuple[int, ...]
     """Draws so far from each source; their sum is `drawn`."""
     sizes: tuple[int, ...]
-    """Items of each source: a changed file would change the order, so a restore refuses it."""
+    """Items of each source. With seed, weights and digests it decides which item a draw is, so a restore refuses others."""
+    seed: int | None = None
+    """None where an earlier version of this package did not keep it; likewise empty weights."""
+    weights: tuple[float, ...] = ()
+    digests: tuple[str, ...] = ()
+    """Of the contents of each source; empty where nobody took them."""
 
     def to_state(self) -> dict[str, Any]:
         """The cursor as JSON-able scalars and lists."""
@@ -60,14 +65,28 @@ class Cursor:
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Cursor:
         """The inverse of `to_state`."""
-        return Cursor(int(state["drawn"]), tuple(state["taken"]), tuple(state["sizes"]))
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in state.items()}
+        return Cursor(**values)
+
+    def misfit(self, other: Cursor) -> str | None:
+        """What keeps a stream that stands at `other` from going on here, as a sentence without its end; None where nothing does."""
+        if self.sizes != other.sizes:
+            return f"the checkpoint was drawing from sources of {list(self.sizes)} items and now they hold {list(other.sizes)}"
+        if None not in (self.seed, other.seed) and self.seed != other.seed:
+            return f"the checkpoint was drawing by seed {self.seed} and now it is {other.seed}"
+        if self.weights and self.weights != other.weights:
+            return f"the checkpoint was drawing from sources of weight {list(self.weights)} and now they have {list(other.weights)}"
+        changed = [str(number) for number, pair in enumerate(zip(self.digests, other.digests, strict=False)) if pair[0] != pair[1]]
+        if changed:
+            return f"source {', '.join(changed)} (from 0) has other rows, though as many, than the checkpoint was drawing from"
+        return None
 
 
 class SeededStream(Generic[Item]):
     """Draws items of weighted sources without end; within a source none is repeated before its pass is over."""
 
-    def __init__(self, sources: Sequence[tuple[Sequence[Item], float]], seed: int) -> None:
-        """Mix `sources`, pairs of items and relative weight.
+    def __init__(self, sources: Sequence[tuple[Sequence[Item], float]], seed: int, digests: Sequence[str] = ()) -> None:
+        """Mix `sources`, pairs of items and relative weight; `digests` are those of the contents of each.
 
         Raises:
             DataError: there is no source, or one of them is empty.
@@ -75,7 +94,9 @@ class SeededStream(Generic[Item]):
         if not sources or not all(items for items, _ in sources):
             raise DataError(f"cannot draw from sources of {[len(items) for items, _ in sources]} items; every source needs at least one.")
         self._items = [items for items, _ in sources]
-        self._bounds = list(accumulate(weight for _, weight in sources))
+        self._weights = tuple(weight for _, weight in sources)
+        self._digests = tuple(digests)
+        self._bounds = list(accumulate(self._weights))
         self._seed = seed
         self._orders = [SeededOrder(len(items), f"order/{seed}/{index}") for index, items in enumerate(self._items)]
         self._drawn = 0
@@ -84,7 +105,7 @@ class SeededStream(Generic[Item]):
     @property
     def cursor(self) -> Cursor:
         """Where the stream stands."""
-        return Cursor(self._drawn, tuple(self._taken), tuple(map(len, self._items)))
+        return Cursor(self._drawn, tuple(self._taken), tuple(map(len, self._items)), self._seed, self._weights, self._digests)
 
     def draw(self, count: int) -> list[Item]:
         """The next `count` items."""
@@ -101,11 +122,9 @@ class SeededStream(Generic[Item]):
             DataError: the state belongs to other sources.
         """
         cursor = Cursor.from_state(state)
-        if cursor.sizes != self.cursor.sizes:
-            raise DataError(
-                f"the checkpoint was drawing from sources of {list(cursor.sizes)} items and now they hold {list(self.cursor.sizes)}; "
-                "give the same files, columns and token limits, or start a new run folder."
-            )
+        reason = cursor.misfit(self.cursor)
+        if reason is not None:
+            raise DataError(f"{reason}; give the same files, columns, token limits, weights and seed, or choose another logging.folder.")
         self._drawn, self._taken = cursor.drawn, list(cursor.taken)
 
     def _draw_one(self) -> Item:

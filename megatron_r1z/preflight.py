@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatron_r1z.analysis.examine import read_levels
 from megatron_r1z.analysis.judge import make_sender, read_key
-from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig, load_config, to_tree
+from megatron_r1z.changes import check_goes_on, check_same, on_first_rank
+from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig
 from megatron_r1z.corpus import check_corpus
 from megatron_r1z.data_report import leak_warnings
 from megatron_r1z.errors import ConfigError, MissingExtraError
@@ -25,26 +26,13 @@ from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
 from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
 from megatron_r1z.model_checks import check_dense, check_layers, check_lengths
-from megatron_r1z.prompts import QuestionSet, load_question_sets, load_tokenizer, make_template
+from megatron_r1z.prompts import QuestionSet, load_prompts, load_question_sets, load_tokenizer, make_template, mark_questions, name_sources
 from megatron_r1z.resume_point import damage_of, find_resume_point, holds_checkpoints, steps_of
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM 0.32's CPU attention computes (its list, and 48, which was measured to work)."""
 MEGATRON_ROPE_SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 """What megatron-core 0.16.1 has built in (`RotaryEmbedding._apply_scaling`); all Llama 3 models have these, apart from the factor."""
-WITHOUT_EFFECT_ON_RESPONSES = (
-    *("data.train", "data.seed", "evaluation.sets", "evaluation.every", "grading.workers", "logging.folder", "logging.rollouts"),
-    *("rollout.prompts_per_iteration", "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.top_k"),
-    *("rollout.refit", "rollout.tensor_parallel_size", "rollout.kv_cache_bytes", "rollout.max_concurrent_sequences"),
-)
-"""What may differ, besides the ranks, when an evaluation goes on; the question files are compared question by question."""
-WITHOUT_EFFECT_IN_ANALYSES = (
-    *WITHOUT_EFFECT_ON_RESPONSES,
-    *("analysis.questions", "analysis.level_column", "analysis.templates", "analysis.temperatures", "analysis.k", "analysis.keywords"),
-    *("analysis.judge", "analysis.shots_path", "analysis.system_prompt"),
-)
-"""The same of an analysis: each template at each temperature has a file, prompts are compared, and a judge's replies are kept by what
-they depend on."""
 
 
 def check_train(config: TrainConfig) -> list[str]:
@@ -60,6 +48,7 @@ def check_train(config: TrainConfig) -> list[str]:
     _check_sampling(config, _check_model(config))
     train, evaluation = load_question_sets(config.data.train), load_question_sets(config.evaluation.sets)
     _check_questions(config, [*train, *evaluation])
+    on_first_rank(lambda: check_goes_on(config, mark_questions(config.data.train, train)))
     return leak_warnings(train, evaluation)
 
 
@@ -74,7 +63,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     _check_weights(config, shape)
     _check_sampling(config, shape)
     _check_questions(config, load_question_sets(config.evaluation.sets))
-    _check_same(config, WITHOUT_EFFECT_ON_RESPONSES)
+    on_first_rank(lambda: _check_evaluated(config))
 
 
 def check_analyse(config: AnalyseConfig) -> None:
@@ -98,7 +87,7 @@ def check_analyse(config: AnalyseConfig) -> None:
         _check_sampling(evaluation, shape)
         _check_questions(evaluation, [questions])
     read_levels(config.analysis.questions, config.analysis.level_column, {item.question_id: item for item in questions.questions})
-    _check_same(config, WITHOUT_EFFECT_IN_ANALYSES)
+    on_first_rank(lambda: _check_analysed(config))
 
 
 def check_pretrain(config: PretrainConfig) -> None:
@@ -114,7 +103,8 @@ def check_pretrain(config: PretrainConfig) -> None:
             f"corpus.max_document_tokens is {config.corpus.max_document_tokens}; the model has {shape.max_positions} positions."
         )
     load_tokenizer(config.model.path)
-    check_corpus(config.corpus)
+    rows = check_corpus(config.corpus)
+    on_first_rank(lambda: check_goes_on(config, rows))
 
 
 def require_libraries(modules: Sequence[str]) -> None:
@@ -247,19 +237,30 @@ def _check_fp8_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape) -
         )
 
 
-def _check_same(config: EvaluateConfig | AnalyseConfig, without_effect: Sequence[str]) -> None:
-    """Everything that a response depends on must be as it was; more or fewer question files are no matter."""
-    path = config.folder / "config.yaml"
-    if not path.exists():
-        return
-    earlier = load_config(EvaluateConfig, path) if isinstance(config, EvaluateConfig) else load_config(AnalyseConfig, path)
-    was, now = to_tree(earlier), to_tree(config)
-    for section, name in [(section, name) for section, fields in was.items() for name in fields]:
-        if section != "parallel" and f"{section}.{name}" not in without_effect and was[section][name] != now[section][name]:
-            raise ConfigError(
-                f"{path.parent} holds responses with {section}.{name} {was[section][name]!r}, which is now "
-                f"{now[section][name]!r}; choose another logging.folder, or delete that folder to start again."
-            )
+def _check_evaluated(config: EvaluateConfig) -> None:
+    """That what is in the folder was sampled from the same model, for the same prompts, and graded alike."""
+    check_same(config)
+    paths = [config.folder / f"{name}.jsonl" for name in name_sources(config.evaluation.sets)]
+    _check_records(config, paths)
+
+
+def _check_analysed(config: AnalyseConfig) -> None:
+    """The same of an analysis, which has one set of questions under each template."""
+    from megatron_r1z.analysis.analyse import cells_of, records_path  # loads what `require_libraries` looks for
+
+    check_same(config)
+    for cell in cells_of(config):
+        _check_records(config.evaluation(cell.template, cell.temperature), [records_path(config, cell)])
+
+
+def _check_records(config: EvaluateConfig, paths: Sequence[Path]) -> None:
+    """`paths`: where the responses to each set are."""
+    from megatron_r1z.evaluate import check_records  # loads what `require_libraries` looks for
+
+    if any(path.exists() for path in paths):
+        sets = load_prompts(config.data, config.evaluation.sets, load_tokenizer(config.model.path))
+        for path, item in zip(paths, sets, strict=True):
+            check_records(path, item.prompts)
 
 
 def _has_cuda() -> bool:

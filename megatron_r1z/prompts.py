@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_r1z.config import DataConfig, QuestionSource, RowSource
 from megatron_r1z.errors import DataError, MissingExtraError
+from megatron_r1z.fingerprint import RowsMark, digest_texts
 from megatron_r1z.order import SeededStream
 from megatron_r1z.rows import Row, is_one_of, matches, parse_answers, scan_rows, split_suffixes
 from megatron_r1z.types import Prompt
@@ -156,6 +158,8 @@ class PromptSet:
     weight: float
     num_dropped: int
     """Questions left out because their prompt is longer than the limit."""
+    digest: str = ""
+    """Of its questions and answers, those left out among them."""
     remarks: tuple[str, ...] = ()
     """See `find_remarks`."""
 
@@ -386,7 +390,19 @@ def _load_prompt_set(source: QuestionSource, name: str, template: Template, toke
             f"{source.label}: all {num_dropped} prompts are longer than data.max_prompt_tokens {max_prompt_tokens} "
             f"under template {template.name}; raise the limit."
         )
-    return PromptSet(name, prompts, source.weight, num_dropped, find_remarks(questions, template, tokenizer))
+    remarks = find_remarks(questions, template, tokenizer)
+    return PromptSet(name, prompts, source.weight, num_dropped, digest_questions(questions), remarks)
+
+
+def digest_questions(questions: Sequence[Question]) -> str:
+    """A digest of questions and answers in order, whatever their source is called."""
+    return digest_texts((question.problem, *chain(*map(astuple, question.messages)), *question.answers) for question in questions)[1]
+
+
+def mark_questions(sources: Sequence[QuestionSource], sets: Sequence[QuestionSet]) -> list[RowsMark]:
+    """What the questions of `sources`, read as `sets`, are recognised by."""
+    pairs = zip(sources, sets, strict=True)
+    return [RowsMark.of(source, len(item.questions), digest_questions(item.questions)) for source, item in pairs]
 
 
 def find_remarks(questions: Sequence[Question], template: Template, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -431,17 +447,19 @@ def _find_special(question: Question, template: Template, tokenizer: Tokenizer, 
 
 
 def name_sources(sources: Sequence[RowSource]) -> list[str]:
-    """A name for each source: the stem of its file or the last part of its dataset's name, with as much more as tells sources apart.
+    """A name for each source: its own, else the stem of its file or the last part of its dataset's name, with what tells it from others.
 
     That is folders or the dataset's owner before it, then split and subset behind it.
     """
-    tails = {source.label: _make_tails(source) for source in sources}
+    given = {source.name for source in sources}
+    tails = {source.label: _make_tails(source) for source in sources if source.name is None}
 
     def choose(label: str) -> str:
-        taken = {tail for other, candidates in tails.items() if other != label for tail in candidates}
-        return next((tail for tail in tails[label] if tail not in taken), label)
+        taken = given | {tail for other, candidates in tails.items() if other != label for tail in candidates}
+        numbered = (f"{label}-{number}" for number in count(2))
+        return next(name for name in chain(tails[label], [label], numbered) if name not in taken)
 
-    return [choose(source.label) for source in sources]
+    return [source.name or choose(source.label) for source in sources]
 
 
 def _make_tails(source: RowSource) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,10 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
+
+
+def keep_earlier(path: Path, text: str) -> None:
+    """Copy a file that says something else than `text` to the next free number: `config.yaml` to `config.1.yaml`."""
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        numbered = (path.with_suffix(f".{number}{path.suffix}") for number in count(1))
+        shutil.copyfile(path, next(other for other in numbered if not other.exists()))

@@ -20,8 +20,11 @@ from typing import Any
 
 import yaml
 
+from megatron_r1z.changes import MAY_CHANGE_IN_SWEEPS, Difference, changed_inputs, changed_settings, earlier_config
 from megatron_r1z.config import TrainConfig, load_config
-from megatron_r1z.errors import ConfigError
+from megatron_r1z.errors import ConfigError, R1ZError
+from megatron_r1z.inputs import load_inputs, read_inputs
+from megatron_r1z.prompts import load_question_sets, mark_questions
 from megatron_r1z.result_files import read_rows, to_json
 from megatron_r1z.supervisor import STOPPED
 from megatron_r1z.tables import align
@@ -172,11 +175,42 @@ def _run_one(command: Sequence[str]) -> int:
                 signal.signal(number, handler)
 
 
+def check_folders(cells: Sequence[Cell]) -> None:
+    """Refuse a sweep of which a run's folder holds another run, whose figures would pass for its own.
+
+    Raises:
+        ConfigError: names the folder and what differs.
+    """
+    for cell in cells:
+        found = folder_differences(cell)
+        if found:
+            raise ConfigError(
+                f"{cell.folder} holds a run with {'; with '.join(map(str, found))}; choose another logging.folder, or delete that folder "
+                "to run it anew."
+            )
+
+
+def folder_differences(cell: Cell) -> list[Difference]:
+    """Why what is in a run's folder is not of this run: settings or files that decide its figures. None where there is nothing yet."""
+    earlier = earlier_config(TrainConfig, cell.folder)
+    if earlier is None:
+        return []
+    found = changed_settings(earlier, cell.config, MAY_CHANGE_IN_SWEEPS)
+    known = load_inputs(cell.folder)
+    if known is None or found:
+        return found
+    try:
+        rows = mark_questions(cell.config.data.train, load_question_sets(cell.config.data.train))
+        return changed_inputs((earlier, known), (cell.config, read_inputs(cell.config, rows, known)))
+    except (OSError, ImportError, R1ZError):  # where jobs are submitted from, files and libraries of the run need not be
+        return []
+
+
 def is_through(cell: Cell) -> bool:
-    """Whether a run has nothing left to do."""
-    return score(cell).iterations >= cell.config.algorithm.iterations and (
-        not cell.config.checkpoint.export or (cell.folder / "hf" / "final").is_dir()
-    )
+    """Whether a run has nothing left to do; one of which the folder holds another run has everything left."""
+    is_long_enough = score(cell).iterations >= cell.config.algorithm.iterations
+    is_exported = not cell.config.checkpoint.export or (cell.folder / "hf" / "final").is_dir()
+    return is_long_enough and is_exported and not folder_differences(cell)
 
 
 def score(cell: Cell) -> Score:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_r1z.analysis import judge
 from megatron_r1z.analysis.examine import Inquiry, examine, make_inquiries, read_levels
@@ -71,13 +72,18 @@ def cells_of(config: AnalyseConfig) -> list[Cell]:
     return [Cell(template, temperature) for template in config.analysis.templates for temperature in config.analysis.temperatures]
 
 
+def records_path(config: AnalyseConfig, cell: Cell) -> Path:
+    """Where the responses of a cell are."""
+    return config.folder / "responses" / f"{cell.name}.jsonl"
+
+
 def sample(analysis: Analysis) -> Records | None:
     """The responses of every cell, those on disk first; None where a stop was asked for."""
     records = {}
     for cell, evaluation in analysis.cells.items():
         (questions,) = evaluation.sets
         analysis.log.say(f"template {cell.template}, temperature {cell.temperature:g}")
-        records[cell] = evaluate_set(evaluation, questions, analysis.config.folder / "responses" / f"{cell.name}.jsonl")
+        records[cell] = evaluate_set(evaluation, questions, records_path(analysis.config, cell))
         if len(records[cell]) < len(questions.prompts):
             return None
     return records

@@ -290,7 +290,7 @@ def training(base: Path, task: Task) -> list[str]:
         "configs/quickstart.yaml",
         f"model.path={base}",
         f"data.train=[{{path: {task.questions}}}]",
-        f"evaluation.sets=[{{path: {task.questions}, limit: 12}}]",
+        f"evaluation.sets=[{{path: {task.questions}, limit: 8}}, {{path: {task.questions}, offset: 8, limit: 4, name: others}}]",
         "evaluation.every=4",
         "rollout.prompts_per_iteration=8",
         "rollout.samples_per_prompt=4",

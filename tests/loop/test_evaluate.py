@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,19 @@ def test_other_settings_in_the_same_folder_are_refused(whole: tuple[Path, Any], 
     outcome = cli.run("evaluate", *evaluation, "evaluation.temperature=0.5", f"logging.folder={whole[0]}")
     assert outcome.status == 2
     assert "evaluation.temperature 1.0, which is now 0.5; choose another logging.folder" in outcome.stderr
+
+
+def test_other_weights_under_the_same_settings_are_refused(
+    whole: tuple[Path, Any], evaluation: list[str], base: Path, cli: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    outcome = cli.run("evaluate", *evaluation, f"model.path={model}", f"logging.folder={whole[0]}")
+    assert (outcome.status, outcome.stdout) == (2, "")
+    assert f"holds responses with other weights than {model} has now (model.path: model.safetensors)" in outcome.stderr
 
 
 def test_a_killed_analysis_goes_on_and_each_of_its_cells_is_an_evaluation(

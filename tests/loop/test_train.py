@@ -136,6 +136,7 @@ def test_weights_are_handed_over_whole_after_every_iteration(unbroken: tuple[Pat
 def test_evaluation_runs_before_between_and_after(unbroken: tuple[Path, Any]) -> None:
     rows = [row for row in rows_of(unbroken[0]) if any(name.endswith("_accuracy") for name in row)]
     assert [row["iteration"] for row in rows] == [0, 4, 8]
+    assert all({"evaluation/easy_questions_accuracy", "evaluation/others_accuracy"} <= row.keys() for row in rows)  # two parts of a file
 
 
 def test_tensorboard_shows_the_same_rewards(unbroken: tuple[Path, Any], resumed: tuple[Path, Any, int, Any]) -> None:
@@ -238,11 +239,30 @@ def test_checkpoint_goes_on_under_another_layout(unbroken: tuple[Path, Any], tra
     assert "step_000004: 4 of 6 iterations done" in outcome.stdout
     assert versions_of(folder) == list(range(7))
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [f"iter_{number:06d}.jsonl.zst" for number in range(6)]
+    assert "goes on with other settings: algorithm.iterations 8 -> 6" in outcome.stdout
+    assert "parallel.pipeline_parallel_size 1 -> 2" in outcome.stdout
+    assert (folder / "config.1.yaml").read_text() == (original / "config.yaml").read_text() != (folder / "config.yaml").read_text()
     found, expected = iterations_of(folder), iterations_of(original)[:6]
     assert [row["iteration"] for row in found] == list(range(1, 7))
     for mine, row in zip(found[4:], expected[4:], strict=True):  # the second of them also by the optimizer's state
         assert mine["rollout/reward_mean"] == row["rollout/reward_mean"]
         assert are_close(mine, row)
+
+
+def test_a_run_does_not_go_on_as_another(unbroken: tuple[Path, Any], training: list[str], task: Any, cli: Any, tmp_path: Path) -> None:
+    folder, lines = unbroken[0], task.questions.read_text().splitlines(keepends=True)
+    (tmp_path / "questions.jsonl").write_text("".join(lines[1:] + lines[:1]))
+    arguments = [
+        *training,
+        *TP2,
+        f"logging.folder={folder}",
+        f"data.train=[{{path: {tmp_path / 'questions.jsonl'}}}]",
+        "algorithm.clip_low=0.1",
+    ]
+    outcome = cli.run("train", *arguments)
+    assert (outcome.status, outcome.stdout) == (2, "")
+    assert "holds a run with algorithm.clip_low 0.2, which is now 0.1; with other rows of data.train.0 than are in" in outcome.stderr
+    assert outcome.stderr.endswith("by checkpoint.accept_changes=[algorithm.clip_low, data.train].\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- several optimizer steps

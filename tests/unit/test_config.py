@@ -333,7 +333,8 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
         ),
         (
             ["evaluation.sets=[{dataset: openai/gsm8k}, {dataset: openai/gsm8k, limit: 3}]"],
-            "evaluation.sets names openai/gsm8k (train) twice; its figures would collide.",
+            "evaluation.sets names openai/gsm8k (train) twice; its figures would collide, so give each part a name of its own, "
+            "such as name: level-1.",
         ),
         (["data.template=few_shot"], "data: template few_shot and shots_path go together; set both or neither."),
         (["data.shots_path=shots.txt"], "data: template few_shot and shots_path go together; set both or neither."),

@@ -134,6 +134,15 @@ def test_held_out_text_is_checked_too(tmp_path: Path) -> None:
         check_corpus(make_config(tmp_path, [{"text": "a"}], evaluation=held_out))
 
 
+def test_rows_are_recognised_alike_before_ranks_start_and_by_them(tmp_path: Path) -> None:
+    rows = [{"text": "ab"}, {"prompt": "c", "response": "d"}, {"text": "e"}]
+    config = make_config(tmp_path, rows, {"weight": 2.0, "limit": 2}, evaluation=(TextSource(path=write(tmp_path / "b.jsonl", rows)),))
+    (checked,) = check_corpus(config)
+    (loaded,) = load_texts(config, config.sources, ByteTokenizer(), 256)
+    assert checked == loaded.rows
+    assert (checked.count, checked.weight) == (2, 2.0)
+
+
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), limit=st.integers(2, 9), prompt=st.integers(0, 45))
 def test_splitting_predicts_every_token_but_the_first_of_a_document_exactly_once(lengths: list[int], limit: int, prompt: int) -> None:
     tokens, whole = TextTokens(), []

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_r1z import metrics
+from megatron_r1z import changes, metrics
 from megatron_r1z.evaluate import evaluation_metrics
 from megatron_r1z.scores import Attempt, QuestionResult, score
 from megatron_r1z.types import (
@@ -118,6 +118,13 @@ def test_the_page_of_the_configuration_has_every_field() -> None:
         records = [record, *load_config_docs().subsections(record).values()]
         for text, described in zip([section, *parts], records, strict=True):
             assert [cell.strip("`") for cell in first_cells(text)[2:]] == [item.name for item in dataclasses.fields(described)]
+
+
+def test_the_page_of_checkpoints_says_what_may_change_in_a_run() -> None:
+    rows = read("docs/checkpoints.md").partition("## What may change when a run goes on\n")[2].partition("\n\nA refused change")[0]
+    fields = [tuple(re.findall(r"`([\w.]+)`", line.split("|")[2])) for line in rows.splitlines() if line.startswith("|")][2:]
+    assert [set(named) for named in fields] == [set(changes.WITHOUT_EFFECT), set(changes.STEERED), set(changes.BY_CONTENTS), set()]
+    assert set(changes.MAY_CHANGE_IN_RUNS) == {name for named in fields for name in named}
 
 
 # --------------------------------------------------------------------------------------------------------------- files, links, tests

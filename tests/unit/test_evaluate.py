@@ -13,7 +13,15 @@ import pytest
 from megatron_r1z import ranks
 from megatron_r1z.config import EvaluateConfig, EvaluationConfig, LoggingConfig, ModelConfig, QuestionSource, RolloutConfig
 from megatron_r1z.errors import DataError
-from megatron_r1z.evaluate import Evaluation, evaluate, evaluate_prompts, evaluation_metrics, evaluation_sampling
+from megatron_r1z.evaluate import (
+    Evaluation,
+    check_records,
+    evaluate,
+    evaluate_prompts,
+    evaluate_set,
+    evaluation_metrics,
+    evaluation_sampling,
+)
 from megatron_r1z.metrics import SilentLog
 from megatron_r1z.prompts import PromptSet
 from megatron_r1z.protocols import Sampling
@@ -141,6 +149,30 @@ def test_responses_to_other_questions_are_refused(tmp_path: Path) -> None:
     other = replace(sets[0], prompts=[replace(prompt, text=f"{prompt.text}!") for prompt in sets[0].prompts])
     with pytest.raises(DataError, match="holds responses to other questions"):
         evaluate(make_run(tmp_path, Script(), [other]))
+
+
+def test_verdicts_by_another_reference_are_refused(tmp_path: Path) -> None:
+    sets = [make_set("a", 6)]
+    evaluate(make_run(tmp_path, Script(), sets))
+    path = tmp_path / "evaluation" / "a.jsonl"
+    prompts = [*sets[0].prompts[:4], replace(sets[0].prompts[4], answers=("40",)), sets[0].prompts[5]]
+    with pytest.raises(DataError, match=r"holds verdicts on a/4 by the answer \['4'\], which is now \['40'\]; choose another"):
+        evaluate(make_run(tmp_path, Script(), [replace(sets[0], prompts=prompts)]))
+    with pytest.raises(DataError, match=r"verdicts on a/4"):
+        check_records(path, prompts)
+    check_records(path, sets[0].prompts)
+    with pytest.raises(DataError, match="responses to 6 questions, and the set has 5 now"):
+        check_records(path, sets[0].prompts[:5])
+
+
+def test_records_of_a_renamed_file_have_the_ids_of_the_present_one(tmp_path: Path) -> None:
+    first = make_set("a", 6)
+    evaluate(make_run(tmp_path, Script(), [first]))
+    renamed = replace(first, prompts=[replace(prompt, prompt_id=f"b/{index}") for index, prompt in enumerate(first.prompts)])
+    run = make_run(tmp_path, script := Script(), [renamed])
+    results = evaluate_set(run, renamed, tmp_path / "evaluation" / "a.jsonl")
+    assert script.calls == []
+    assert [result.question_id for result in results] == [f"b/{index}" for index in range(6)]
 
 
 def test_messages_of_one_rank() -> None:

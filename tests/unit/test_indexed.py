@@ -33,8 +33,9 @@ def write(path: Path, texts: list[list[int]] = TEXTS, dtype: Any = np.int32) -> 
 
 def load(name: str, vocab_size: int = 200, source: dict[str, Any] | None = None, **fields: Any) -> Any:
     config = CorpusConfig(sources=(TextSource(path=name, **(source or {})),), steps=1, **fields)
-    check_corpus(config)
+    (rows,) = check_corpus(config)
     (found,) = load_texts(config, config.sources, None, vocab_size)  # type: ignore[arg-type]  # nothing is tokenised
+    assert found.rows == rows
     return found
 
 
@@ -44,6 +45,7 @@ def test_what_was_written_is_read(tmp_path: Path, dtype: Any) -> None:
     assert [list(document.token_ids) for document in found.documents] == [text for text in TEXTS if text]
     assert all(type(token) is int for document in found.documents for token in document.token_ids)
     assert (found.name, found.documents.num_dropped) == ("tokens", 1)
+    assert found.rows.count == len(TEXTS)
 
 
 def test_long_documents_are_split_or_dropped(tmp_path: Path) -> None:

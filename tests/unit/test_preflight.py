@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_r1z import preflight
+from megatron_r1z.changes import record_work
 from megatron_r1z.config import AnalyseConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config, make_config
 from megatron_r1z.errors import ConfigError, DataError, MissingExtraError, UsageError
 from megatron_r1z.preflight import check_analyse, check_evaluate, check_pretrain, check_train, require_libraries
@@ -474,6 +477,68 @@ def test_responses_of_different_evaluations_are_not_mixed(folder: Path, changed:
         return
     with pytest.raises(ConfigError, match=refused):
         check_evaluate(config)
+
+
+ROWS = [("1+1", ["2"]), ("1+2", ["3"])]
+
+
+def write_records(path: Path, rows: list[tuple[str, list[str]]]) -> None:
+    """Responses to the questions of the fixture, as an evaluation leaves them."""
+    attempt = {"text": "2", "length": 1, "finish_reason": "stop", "verdict": "wrong", "extracted": "2"}
+    records = [
+        {"question_id": f"questions/{index}", "prompt": prompt, "answers": answers, "attempts": [attempt], "majority": None}
+        for index, (prompt, answers) in enumerate(rows)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyse"])
+def test_responses_by_other_references_to_other_prompts_or_of_another_model_are_refused_before_ranks_start(
+    folder: Path, command: str
+) -> None:
+    if command == "evaluate":
+        config: Any = evaluate_config(folder)
+        check: Callable[[], None] = partial(check_evaluate, config)
+        path = folder / "run" / "evaluation" / "questions.jsonl"
+    else:
+        config = analyse_config(
+            folder, analysis={"templates": ["no"], "temperatures": [0.5], "questions": {"path": str(folder / "questions.jsonl")}}
+        )
+        check = partial(check_analyse, config)
+        path = folder / "run" / "analysis" / "responses" / "no_t0.5.jsonl"
+    record_work(config.folder, config)
+    write_records(path, ROWS)
+    check()
+    write_records(path, [ROWS[0], ("1+2", ["4"])])
+    with pytest.raises(DataError, match=r"verdicts on questions/1 by the answer \['4'\], which is now \['3'\]"):
+        check()
+    write_records(path, [ROWS[0], ("1+2=", ["3"])])
+    with pytest.raises(DataError, match=r"responses to other questions; the first is on line 2"):
+        check()
+    write_records(path, ROWS)
+    save_file({"model.norm.weight": torch.zeros(1)}, folder / "model" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"responses with other weights than .* has now \(model.path: model.safetensors\)"):
+        check()
+
+
+def test_a_run_that_would_go_on_as_another_is_refused_before_ranks_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[tuple[Any, Callable[[Any], object], Any]] = [
+        (train_config(folder), check_train, train_config(folder, rollout={"seed": 5})),
+        (pretrain_config(folder), check_pretrain, pretrain_config(folder, corpus={"seed": 5})),
+    ]
+    for config, check, other in commands:
+        run = folder / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        record_work(run, config, goes_on=False)
+        check(other)
+        (run / "checkpoints" / "step_000001").mkdir(parents=True)
+        (run / "checkpoints" / "step_000001" / "state.json").write_text("{}")
+        with pytest.raises(ConfigError, match=r"seed 0, which is now 5"):
+            check(other)
+        monkeypatch.setenv("RANK", "1")  # of torchrun, where the first rank says it
+        check(other)
+        monkeypatch.delenv("RANK")
 
 
 def analyse_config(folder: Path, **sections: dict[str, Any]) -> AnalyseConfig:

@@ -3,15 +3,18 @@
 import hashlib
 import importlib
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_r1z.config import DataConfig, QuestionSource
-from megatron_r1z.errors import DataError
+from megatron_r1z.config import DataConfig, EvaluationConfig, QuestionSource
+from megatron_r1z.errors import ConfigError, DataError
 from megatron_r1z.prompts import (
     FEW_SHOT_STOP,
     TEMPLATES,
@@ -24,12 +27,15 @@ from megatron_r1z.prompts import (
     load_tokenizer,
     make_prompts,
     make_template,
+    mark_questions,
     name_sources,
     read_questions,
 )
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the question sets are not at {SHARED}")
+
+PATHS = st.sampled_from(["a.jsonl", "./a.jsonl", "b/a.jsonl", "c/../b/a.jsonl", "a.parquet", "b/a.parquet", "b.jsonl", "/a.jsonl"])
 
 SHA256 = {
     "r1": "56213732da87e12ace60a2b88a16df0af18280fb0563a957cbecc938a6a2ac0e",
@@ -506,6 +512,13 @@ class TestPrompts:
         stream = PromptStream([(entry.prompts, entry.weight) for entry in sets], seed=0)
         assert {prompt.prompt_id for prompt in stream.draw(20)} == {"a/0", "b/0"}
 
+    def test_questions_are_recognised_alike_before_ranks_start_and_by_them(self, tmp_path: Path) -> None:
+        rows = [{"problem": "p", "answer": ["1", "2"]}, {"problem": "p" * 50, "answer": "1"}]
+        sources = [write_rows(tmp_path / "a.jsonl", rows)]
+        (mark,) = mark_questions(sources, load_question_sets(sources))
+        (found,) = load_prompts(make_config(template="no", max_prompt_tokens=10), sources, ByteTokenizer())
+        assert (mark.digest, mark.count) == (found.digest, len(found.prompts) + found.num_dropped)
+
     def test_a_set_of_long_prompts_only_is_refused(self, tmp_path: Path) -> None:
         source = write_rows(tmp_path / "a.jsonl", [{"problem": "p" * 50, "answer": "1"}] * 3)
         with pytest.raises(DataError, match=r"all 3 prompts are longer than data\.max_prompt_tokens 10 under template no"):
@@ -514,6 +527,28 @@ class TestPrompts:
     def test_files_of_the_same_name_get_different_names(self) -> None:
         paths = ["data/gsm/train.jsonl", "data/math/train.jsonl", "data/math/test.parquet", "data/math/train.jsonl"]
         assert name_sources([QuestionSource(path=path) for path in paths]) == ["gsm-train", "math-train", "test", "math-train"]
+
+    def test_a_part_of_a_file_has_the_name_that_it_is_given(self) -> None:
+        parts = [QuestionSource(path="data/math.jsonl", where={"level": (level,)}, name=f"level-{level}") for level in (1, 2)]
+        assert name_sources([*parts, QuestionSource(path="data/math.jsonl")]) == ["level-1", "level-2", "math"]
+        assert name_sources([QuestionSource(path="a.jsonl", name="math"), QuestionSource(path="b/math.jsonl")]) == ["math", "b-math"]
+
+    @given(st.lists(st.tuples(PATHS, st.none() | st.sampled_from(["a", "b-a", "a.jsonl", "c"])), min_size=1, max_size=5))
+    def test_sets_that_are_accepted_have_files_of_their_own(self, chosen: list[tuple[str, str | None]]) -> None:
+        sources = tuple(QuestionSource(path=path, name=name) for path, name in chosen)
+        called = [("name", name) if name is not None else ("path", os.path.normpath(path)) for path, name in chosen]
+        if len(set(called)) < len(called):
+            with pytest.raises(ConfigError, match="twice; its figures would collide"):
+                EvaluationConfig(sets=sources)
+            return
+        EvaluationConfig(sets=sources)
+        files = [os.path.normpath(f"run/{name}.jsonl") for name in name_sources(sources)]
+        assert len(set(files)) == len(files)
+
+    @pytest.mark.parametrize("name", ["", "a/b", "a b", "..", ".a", "é"])
+    def test_a_name_that_names_no_file_is_refused(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=r"has the name '.*', after which files and figures are called"):
+            QuestionSource(path="a.jsonl", name=name)
 
     def test_datasets_get_the_last_part_of_their_name_and_what_tells_them_apart(self) -> None:
         def name(*sources: dict[str, str]) -> list[str]:

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from megatron_r1z import sweep
+from megatron_r1z.changes import record_work
 from megatron_r1z.cli import main
+from megatron_r1z.config import dump_config
 from megatron_r1z.errors import ConfigError
+from megatron_r1z.prompts import load_question_sets, mark_questions
 from megatron_r1z.supervisor import STOPPED
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
@@ -74,6 +77,68 @@ def test_scores_are_means_over_the_held_out_sets(tmp_path: Path) -> None:
     assert sweep.score(cell) == sweep.Score(0, None, None, None, None, None)
     write_rows(cell, [0.25, 0.5], {0: (0.0, 0.5), 1: (0.5, 0.75), 2: (0.25, 0.5)})
     assert sweep.score(cell) == sweep.Score(2, 0.5, 0.25, 0.625, 1, 0.375)
+
+
+def test_a_row_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
+    cell = cells_in(tmp_path)[0]
+    write_rows(cell, [0.25, 0.5], {})
+    with (cell.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "rollout/rew')
+    assert sweep.score(cell).iterations == 2
+
+
+def finish(cell: sweep.Cell) -> None:
+    """Leave what a run leaves that went through all of its iterations."""
+    write_rows(cell, [0.5] * cell.config.algorithm.iterations, {})
+    (cell.folder / "hf" / "final").mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text(dump_config(cell.config))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimizer.lr=1e-4", "optimizer.lr 5e-06, which is now 0.0001"),
+        ("rollout.temperature=0.5", "rollout.temperature 1.0, which is now 0.5"),
+        ("evaluation.samples=2", "evaluation.samples"),
+        ("checkpoint.every=3", None),
+        ("parallel.micro_batch_tokens=77", None),
+    ],
+)
+def test_a_folder_with_another_run_is_not_through_and_the_sweep_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, named: str | None
+) -> None:
+    axes, base = AXES[1:], ["algorithm.iterations=1", "optimizer.lr=5e-6", "evaluation.temperature=0.5"]
+    done = cells_in(tmp_path, axes, *base)
+    for cell in done:
+        finish(cell)
+    assert all(map(sweep.is_through, done))
+    changed = cells_in(tmp_path, axes, *base, override)
+    assert [sweep.is_through(cell) for cell in changed] == [named is None] * 2
+    arguments = ["sweep", QUICKSTART, "--over", *axes, "--table", f"logging.folder={tmp_path / 'run'}", *base, override]
+    assert main(arguments) == (0 if named is None else 2)
+    if named is not None:
+        assert f"{done[0].folder} holds a run with {named}" in capsys.readouterr().err
+
+
+def test_a_run_of_other_files_is_not_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, questions = tmp_path / "model", tmp_path / "questions.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"1111")
+    questions.write_text('{"problem": "1+1", "answer": "2"}\n')
+    overrides = [f"model.path={model}", f"data.train=[{{path: {questions}}}]", "algorithm.iterations=1"]
+    cell = cells_in(tmp_path, AXES[1:], *overrides)[0]
+    finish(cell)
+    record_work(cell.folder, cell.config, mark_questions(cell.config.data.train, load_question_sets(cell.config.data.train)))
+    assert sweep.is_through(cell)
+    questions.write_text('{"problem": "1+1", "answer": "3"}\n')
+    assert not sweep.is_through(cell)
+    questions.write_text('{"problem": "1+1", "answer": "2"}\n')
+    (model / "model.safetensors").write_bytes(b"2222")
+    with pytest.raises(ConfigError, match="other weights than"):
+        sweep.check_folders([cell])
+    (model / "model.safetensors").unlink()  # jobs are submitted from where the model need not be
+    assert sweep.is_through(cell)
 
 
 def test_the_grid_has_a_place_for_every_run(tmp_path: Path) -> None:
