@@ -13,7 +13,7 @@ from typing import Protocol, overload
 from megatron_r1z.config import CorpusConfig, TextSource
 from megatron_r1z.errors import DataError
 from megatron_r1z.order import SeededStream
-from megatron_r1z.prompts import Tokenizer, explain_filter, name_sources
+from megatron_r1z.prompts import Tokenizer, explain_filter, name_sources, tokenise
 from megatron_r1z.rows import Row, chosen_rows
 
 ROWS_AT_ONCE = 1000
@@ -224,7 +224,7 @@ def _open_indexed(source: TextSource, vocab_size: int) -> Tokens:
 def _tokenise(source: TextSource, loss_on: str, tokenizer: Tokenizer) -> Tokens:
     tokens, pairs = TextTokens(), _iterate_pairs(source, loss_on)
     while some := list(islice(pairs, ROWS_AT_ONCE)):
-        heads = tokenizer([head for head, _ in some], add_special_tokens=True).input_ids
+        heads = tokenise([head for head, _ in some], tokenizer, has_start=True)
         tails = tokenizer([tail for _, tail in some], add_special_tokens=False).input_ids
         for head, tail, (prompt, _) in zip(heads, tails, some, strict=True):
             tokens.append(_make_document(head, tail, bool(prompt), tokenizer.eos_token_id))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_r1z.errors import DataError
-from megatron_r1z.layout.families import FAMILIES, RopeScaling, hf_tensors, load_shape
+from megatron_r1z.layout.families import FAMILIES, hf_tensors, load_shape
+from megatron_r1z.layout.rope import RopeScaling
 
 BASE: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -41,7 +42,7 @@ def test_values_and_defaults(tmp_path: Path) -> None:
 
 
 def test_defaults_of_a_family(tmp_path: Path) -> None:
-    assert load_shape(write(tmp_path, architectures=["Qwen3ForCausalLM"])).head_dim == 128
+    assert load_shape(write(tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"])).head_dim == 128
     assert load_shape(write(tmp_path, model_type="llama", num_key_value_heads=None)).num_kv_heads == 4
 
 
@@ -63,7 +64,7 @@ def test_both_spellings_of_rope(tmp_path: Path, spelling: dict[str, Any]) -> Non
 def test_mixtures_of_experts(tmp_path: Path, key: str) -> None:
     shape = load_shape(write(tmp_path, model_type="qwen3_moe", moe_intermediate_size=48, num_experts_per_tok=3, **{key: 6}))
     assert (shape.ffn_size, shape.num_experts, shape.experts_per_token, shape.qk_norm) == (48, 6, 3, True)
-    shape = load_shape(write(tmp_path, architectures=["MixtralForCausalLM"]))
+    shape = load_shape(write(tmp_path, model_type="mixtral", architectures=["MixtralForCausalLM"]))
     assert (shape.ffn_size, shape.num_experts, shape.experts_per_token, shape.qk_norm) == (96, 8, 2, False)
 
 
