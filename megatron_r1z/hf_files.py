@@ -42,6 +42,7 @@ _COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "*.model",
     "vocab*",
     "merges.txt",
     "*.tiktoken",
@@ -50,6 +51,10 @@ _COMPANIONS = (
     "generation_config.json",
 )
 """Files that go along with the weights, as patterns in the model's folder."""
+_CHAT_TEMPLATES = "additional_chat_templates"
+"""The folder of a tokenizer's further templates (transformers `CHAT_TEMPLATE_DIR`)."""
+_CODE_KEY = "auto_map"
+"""Where config.json or tokenizer_config.json name classes in Python files of the folder: `modeling_x.XForCausalLM`."""
 
 
 def row_ranges(num_rows: int, row_bytes: int, limit: int) -> Iterator[tuple[int, int]]:
@@ -252,7 +257,8 @@ def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> Non
 
 
 def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype, quantization: Mapping[str, object] | None) -> None:
-    """config.json with the number format and quantisation of the files, and the tokenizer's files as they are."""
+    """config.json with the number format and quantisation of the files, and as they are the tokenizer's files, chat templates, and Python
+    files if a configuration names some in `auto_map`."""
     config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
@@ -261,16 +267,24 @@ def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype, quant
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for pattern in _COMPANIONS:
-        for path in sorted(model_folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    patterns = [*_COMPANIONS, f"{_CHAT_TEMPLATES}/*.jinja", *(["*.py"] if _names_code(model_folder) else [])]
+    for path in sorted(path for pattern in patterns for path in model_folder.glob(pattern) if path.is_file()):
+        target = folder / path.relative_to(model_folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _names_code(model_folder: Path) -> bool:
+    """Whether a configuration names classes in Python files; those may import one another, so they go along together."""
+    paths = (model_folder / "config.json", model_folder / "tokenizer_config.json")
+    return any(f'"{_CODE_KEY}"' in path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file())
 
 
 def replace_folder(partial: Path, target: Path) -> None:
     """Give the finished folder its name; an older one is set aside first, so that at no time half a folder has the name."""
-    for path in partial.iterdir():
-        sync(path)
+    for path in partial.rglob("*"):
+        if path.is_file():
+            sync(path)
     old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

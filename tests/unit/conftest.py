@@ -29,7 +29,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
     """`run_ranks(worker, num_ranks, *arguments)` runs `worker RANK NUM_RANKS *arguments` on all ranks; each must end with status 0."""
     return _run_ranks
