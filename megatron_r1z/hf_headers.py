@@ -135,9 +135,13 @@ def _check_entries(path: Path, entries: Mapping[str, Any], num_bytes: int) -> di
     if end != num_bytes:
         what = "cut off" if num_bytes < end else "longer than it should be"
         raise DataError(f"{path} is {what}: its header announces {end} bytes of weights and {num_bytes} are there; copy the file again.")
-    for name, entry in entries.items():
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         bits = _ITEM_BITS.get(entry["dtype"])
         start, stop = entry["data_offsets"]
+        if start != position:
+            raise ValueError(f"{name} begins at {start}, and what is before it ends at {position}")
+        position = stop
         if bits is not None and stop - start != math.prod(entry["shape"]) * bits // 8:
             raise ValueError(f"{name} has {stop - start} bytes, not those of {entry['shape']} {entry['dtype']}")
     return {name: Stored(path, str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}

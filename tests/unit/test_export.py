@@ -123,7 +123,8 @@ def test_number_formats(tmp_path: Path) -> None:
 
 def test_companions_and_replacement(tmp_path: Path) -> None:
     shape = make_model(tmp_path / "model", "llama", False)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "optimizer.pt"):
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "optimizer.pt", "tokenizer.model", "setup.py")
+    for name in names:
         (tmp_path / "model" / name).write_text(name)
     layout = megatron_layout(shape, Topology(1), 64)
     weights = loaded(tmp_path / "model", shape, layout, 0)
@@ -137,10 +138,30 @@ def test_companions_and_replacement(tmp_path: Path) -> None:
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
         "vocab.json",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
+def test_code_and_further_templates_go_along(tmp_path: Path, place: str) -> None:
+    """With `auto_map` the Python files too: the one that it names imports its neighbour."""
+    shape = make_model(tmp_path / "model", "llama", False)
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    kept = ("modeling_x.py", "layers_x.py", "additional_chat_templates/tool_use.jinja", "special_tokens_map.json", "added_tokens.json")
+    for name in kept:
+        (tmp_path / "model" / name).write_text(name)
+    path = tmp_path / "model" / place
+    tree = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(tree | {"auto_map": {"AutoX": "modeling_x.X"}, "unsloth_version": "1"}))
+    layout = megatron_layout(shape, Topology(1), 64)
+    weights = loaded(tmp_path / "model", shape, layout, 0)
+    save_hf(tmp_path / "out", tmp_path / "model", shape, layout, weights, 0, 1, torch.float32)
+    assert {name: (tmp_path / "out" / name).read_text() for name in kept} == {name: name for name in kept}
+    before, after = (json.loads((tmp_path / name / place).read_text()) for name in ("model", "out"))
+    assert after == before
 
 
 def files_of(folder: Path) -> dict[str, Tensor]:

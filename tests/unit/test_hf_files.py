@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 
 from megatron_r1z import hf_files
 from megatron_r1z.errors import DataError, ExportError
 from megatron_r1z.hf_files import TensorReader, TensorWriter
+from megatron_r1z.hf_headers import read_header
 from megatron_r1z.layout.families import TensorSpec
 
 SPECS = [TensorSpec("b", (40, 6)), TensorSpec("a", (17,)), TensorSpec("c", (3, 2))]
@@ -103,6 +107,29 @@ def test_a_file_that_is_not_what_was_written_is_found(tmp_path: Path, damage: Ca
     damage(tmp_path / "file")
     with pytest.raises((ExportError, OSError), match=message):
         writer.check()
+
+
+@given(length=st.integers(0, 2000), tail=st.binary(max_size=40), position=st.integers(0, 400), bits=st.integers(0, 255))
+def test_a_damaged_header_is_refused_in_one_sentence_or_says_what_it_said(
+    tmp_path_factory: pytest.TempPathFactory, length: int, tail: bytes, position: int, bits: int
+) -> None:
+    """Cut off anywhere, lengthened, or with a byte changed: never another exception, and never other sizes than the file has."""
+    path = tmp_path_factory.mktemp("damaged") / "file"
+    save_file(tensors(torch.bfloat16), path)
+    data = bytearray(path.read_bytes())
+    whole = read_header(path)
+    assert {name: (item.dtype, item.shape) for name, item in whole.items()} == {spec.name: ("BF16", spec.shape) for spec in SPECS}
+    data[position % len(data)] ^= bits
+    path.write_bytes(bytes(data[: len(data) - length] if length else data) + tail)
+    try:
+        found = read_header(path)
+    except DataError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        return
+    assert not length
+    assert not tail
+    assert sum(math.prod(item.shape) for item in found.values()) == sum(spec.numel for spec in SPECS)
 
 
 def test_formats_that_are_no_weights_are_refused(tmp_path: Path) -> None:
