@@ -67,8 +67,8 @@ class Certificate:
             return f"engine and policy log-probs at equal weights ({formats}): {figures}"
         cuts = [f"rollout.top_p {self.top_p:g}"] * (self.top_p != 1.0) + [f"rollout.top_k {self.top_k}"] * (self.top_k != -1)
         return (
-            f"engine log-probs of what {' and '.join(cuts)} leave of the distribution, policy log-probs of the whole ({formats}): {figures}; "
-            "the cut alone makes them differ"
+            f"engine log-probs of what {' and '.join(cuts)} leave of the distribution, policy log-probs of the whole ({formats}): "
+            f"{figures}; the cut alone makes them differ"
         )
 
     def save(self, path: Path) -> None:
@@ -97,8 +97,8 @@ class Certificate:
     def _refusal(self, difference: str, formats: str) -> RefitError:
         known = "hold the same weights (the refit's digests agree) but" if self.has_digests else "should hold the same weights but"
         return RefitError(
-            f"engine and policy disagree by {difference} on the same tokens {formats}: they {known} compute different models, so nothing that "
-            "is sampled can be trained on; look for a key of config.json that one side ignores (rotary embedding, scales, caps, biases, norms), "
+            f"engine and policy disagree by {difference} on the same tokens {formats}: they {known} compute different models, so nothing "
+            "that is sampled can be trained on; look for a key of config.json that one side ignores (rotary embedding, scales, biases), "
             "a model.checkpoint of another model than model.path, or another version of vLLM or Megatron than setup.py pins."
         )
 

@@ -257,8 +257,10 @@ def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> Non
 
 
 def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype, quantization: Mapping[str, object] | None) -> None:
-    """config.json with the number format and quantisation of the files, and as they are the tokenizer's files, chat templates, and Python
-    files if a configuration names some in `auto_map`."""
+    """config.json with the number format and quantisation of the files; what goes along with weights, as it is.
+
+    Python files do if a configuration names some in `auto_map`.
+    """
     config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
