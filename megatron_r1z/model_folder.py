@@ -37,7 +37,7 @@ def check_tensors(folder: str | Path, shape: ModelShape) -> None:
     missing = [name for name in expected if name not in found]
     if missing:
         raise DataError(f"{folder} has no tensor {missing[0]}{_and_more(missing)}, which its config.json asks for; copy the files again.")
-    is_fp8 = "quantization_config" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    is_fp8 = bool(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
     scales = {name + SCALES: _num_blocks(size) for name, size in expected.items() if found[name].dtype == _FP8}
     for name, size in (expected | scales).items():
         _check_tensor(name, size, found, is_scale=name in scales)

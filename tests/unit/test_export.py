@@ -22,6 +22,7 @@ from megatron_r1z.layout.blocks import Layout, box_slices, engine_layout, hf_lay
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.fp8 import SCALES, fp8_matrices
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.model_folder import check_tensors
 
 RunRanks = Callable[..., None]
 WORKER = Path(__file__).with_name("export_ranks.py")
@@ -119,6 +120,7 @@ def test_number_formats(tmp_path: Path) -> None:
     before, after = load_file(tmp_path / "model" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(after[name], before[name].bfloat16()) for name in before)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    check_tensors(tmp_path / "out", shape)
 
 
 def test_companions_and_replacement(tmp_path: Path) -> None:
@@ -181,6 +183,7 @@ def test_waves_and_ranks_do_not_change_what_is_written(tmp_path: Path, run_ranks
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected), folder
         assert len(list(folder.glob("*.safetensors"))) > 5
+        check_tensors(folder, load_shape(folder))
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -286,6 +289,7 @@ def test_fp8_out_and_in(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
     assert load_shape(tmp_path / "fp8") == shape
+    check_tensors(tmp_path / "fp8", shape)
     original = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}
     written = {name: load_file(path)[name] for name, path in locate_tensors(tmp_path / "fp8").items()}
     matrices = fp8_matrices(shape, [layout])
