@@ -49,13 +49,12 @@ def read_rope(given: Mapping[str, Any], config: Mapping[str, Any], path: str | P
     """
     tables = {name: given[name] for name in ("rope_scaling", "rope_parameters") if given.get(name)}
     found = {name: _read_table(name, table, config, path) for name, table in tables.items()}
-    theta = number(config, "rope_theta")
     for name, rope in found.items():
-        if "rope_theta" in given and rope.theta != theta:
-            raise DataError(f"{path} has rope_theta {theta:g} and {rope.theta:g} in {name}; correct the one that is wrong.")
+        if given.get("rope_theta") not in (None, rope.theta):
+            raise DataError(f"{path} has rope_theta {given['rope_theta']} and {rope.theta:g} in {name}; correct the one that is wrong.")
     if len(set(found.values())) > 1:
         raise DataError(f"{path} has rope_scaling and rope_parameters, which disagree; take out the one that is wrong.")
-    rope = next(iter(found.values()), Rope(theta, None))
+    rope = next(iter(found.values())) if found else Rope(number(config, "rope_theta"), None)
     outside = given.get("original_max_position_embeddings")
     if rope.scaling is not None and outside not in (None, rope.scaling.original_max_positions):
         raise DataError(

@@ -159,6 +159,7 @@ SAME = {
     "all_heads": Variant("qwen2", files=lambda folder: edit(folder, num_key_value_heads=None), tensors=lambda tensors: whole_keys(tensors)),
     "theta": Variant(config={"rope_theta": 5e5}),
     "theta_in_table": Variant(config={"rope_parameters": FULL}),
+    "theta_null_beside_table": Variant(config={"rope_parameters": FULL}, files=lambda folder: edit(folder, rope_theta=None)),
     "theta_in_both": Variant(config={"rope_parameters": FULL, "rope_theta": 5e5}),
     "llama3": Variant(config=LONG | {"rope_scaling": LLAMA3, "rope_theta": 5e5}),
     "llama3_in_table": Variant(config=LONG | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}),
@@ -254,7 +255,9 @@ REFUSED = {
     "half_in_scaling": Variant(
         config={"rope_scaling": FULL | {"partial_rotary_factor": 0.5}}, refused=r"partial_rotary_factor 0\.5 in rope_scaling"
     ),
-    "two_thetas": Variant(config={"rope_theta": 1e4, "rope_parameters": FULL}, refused=r"rope_theta 10000 and 500000 in rope_parameters"),
+    "two_thetas": Variant(
+        config={"rope_theta": 1e4, "rope_parameters": FULL}, refused=r"rope_theta 10000\.0 and 500000 in rope_parameters"
+    ),
     "two_tables": Variant(
         config=LONG | {"rope_scaling": LLAMA3, "rope_parameters": FULL}, refused=r"rope_scaling and rope_parameters, which disagree"
     ),
