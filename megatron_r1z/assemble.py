@@ -43,7 +43,8 @@ from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.policy.trained import Settings
 from megatron_r1z.pretrain import NEXT_TOKEN_LOSS, Pretraining, PretrainState
-from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_template
+from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_stops, make_template
+from megatron_r1z.protocols import Stop
 from megatron_r1z.receipts import drop_receipts
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
@@ -228,7 +229,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
             grader=grader,
             refit=make_refit(config, weights, policy, engine, matrices),
             prompts=prompts,
-            stop=_stop_strings(config, tokenizer),
+            stop=_stops(config, tokenizer),
             evaluation=evaluation,
             checkpoints=checkpoints,
             log=log,
@@ -288,8 +289,9 @@ def _engine_layout(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> L
     return engine_layout(shape, dist.get_world_size(), config.rollout.tensor_parallel_size)
 
 
-def _stop_strings(config: TrainConfig | EvaluateConfig, tokenizer: Any) -> tuple[str, ...]:
-    return config.rollout.stop if config.rollout.stop is not None else make_template(config.data, tokenizer).stop
+def _stops(config: TrainConfig | EvaluateConfig, tokenizer: Any) -> tuple[Stop, ...]:
+    stop = config.rollout.stop if config.rollout.stop is not None else make_template(config.data, tokenizer).stop
+    return make_stops(stop, tokenizer)
 
 
 def _say_resumed(log: Console, point: ResumePoint, done: str, remark: str | None) -> None:
@@ -359,7 +361,7 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
     engine = _make_filled_engine(config, stop_flag)
     grader = MathGrader(config.grading, config.data.template, stop_flag)
     grader.self_test()
-    sampling = evaluation_sampling(config.evaluation, config.rollout, _stop_strings(config, tokenizer))
+    sampling = evaluation_sampling(config.evaluation, config.rollout, _stops(config, tokenizer))
     try:
         yield Evaluation(config, sets, engine, grader, sampling, log, stop_flag.install())
     finally:
@@ -393,7 +395,7 @@ def made_analysis(config: AnalyseConfig) -> Iterator[Analysis]:
                     sets=sets[cell.template],
                     engine=engine,
                     grader=graders[cell.template],
-                    sampling=evaluation_sampling(item.evaluation, item.rollout, _stop_strings(item, tokenizer)),
+                    sampling=evaluation_sampling(item.evaluation, item.rollout, _stops(item, tokenizer)),
                     log=log,
                     stop_flag=stop_flag,
                 )

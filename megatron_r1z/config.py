@@ -365,7 +365,7 @@ class RolloutConfig:
     top_k: int = -1
     """-1: off."""
     stop: tuple[str, ...] | None = None
-    """Stop strings, kept in the response. None: those of the template."""
+    """Stop strings, kept in the response; a special token ends it too, but is no text. None: those of the template."""
     seed: int = 0
     """Seed of sampling; tokens depend on it, the iteration and the prompt."""
     tensor_parallel_size: int = 1

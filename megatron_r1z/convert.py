@@ -28,6 +28,7 @@ from megatron_r1z.hf_files import TensorReader, locate_tensors
 from megatron_r1z.layout.blocks import Layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
+from megatron_r1z.model_folder import check_tensors
 from megatron_r1z.ranks import gather
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def plan_conversion(
         raise ConfigError(f"--shard-gb is {shard_gb:g}; it must be more than 0.")
     folder = source if found == "hf" else model or _model_folder(source)
     shape = load_shape(folder)
+    if found == "hf":
+        check_tensors(source, shape)
     if dtype == "fp8":
         _check_fp8(shape, parallel)
     stored = _stored_formats(source) if found == "hf" else _measure_checkpoint(source, shape, folder)

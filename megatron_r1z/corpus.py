@@ -14,7 +14,7 @@ from megatron_r1z.config import CorpusConfig, TextSource
 from megatron_r1z.errors import DataError
 from megatron_r1z.fingerprint import RowsMark, digest_indexed, digest_row, digest_texts, new_digest
 from megatron_r1z.order import SeededStream
-from megatron_r1z.prompts import Tokenizer, explain_filter, name_sources
+from megatron_r1z.prompts import Tokenizer, explain_filter, name_sources, tokenise
 from megatron_r1z.rows import Row, chosen_rows
 
 ROWS_AT_ONCE = 1000
@@ -249,7 +249,7 @@ def _tokenise(source: TextSource, loss_on: str, tokenizer: Tokenizer) -> tuple[T
         count += len(some)
         for pair in some:
             digest_row(digest, pair)
-        heads = tokenizer([head for head, _ in some], add_special_tokens=True).input_ids
+        heads = tokenise([head for head, _ in some], tokenizer, has_start=True)
         tails = tokenizer([tail for _, tail in some], add_special_tokens=False).input_ids
         for head, tail, (prompt, _) in zip(heads, tails, some, strict=True):
             tokens.append(_make_document(head, tail, bool(prompt), tokenizer.eos_token_id))

@@ -17,7 +17,7 @@ from megatron_r1z.config import EvaluateConfig, EvaluationConfig, RolloutConfig
 from megatron_r1z.errors import DataError
 from megatron_r1z.metrics import Console, Metrics
 from megatron_r1z.prompts import PromptSet
-from megatron_r1z.protocols import Grader, Sampler, Sampling
+from megatron_r1z.protocols import Grader, Sampler, Sampling, Stop
 from megatron_r1z.result_files import append_rows, replace_text, to_json
 from megatron_r1z.scores import Attempt, QuestionResult, SetScore, make_results, render, score
 from megatron_r1z.supervisor import StopFlag
@@ -27,7 +27,7 @@ EVALUATED = 0
 """Policy version of the weights that `megatron-r1z evaluate` puts into its engine; they are the only ones."""
 
 
-def evaluation_sampling(evaluation: EvaluationConfig, rollout: RolloutConfig, stop: tuple[str, ...]) -> Sampling:
+def evaluation_sampling(evaluation: EvaluationConfig, rollout: RolloutConfig, stop: tuple[Stop, ...]) -> Sampling:
     """How the responses of an evaluation are sampled."""
     return Sampling(
         num_samples=evaluation.samples,

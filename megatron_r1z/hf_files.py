@@ -22,13 +22,14 @@ from torch import Tensor
 
 from megatron_r1z.errors import DataError, ExportError
 from megatron_r1z.folders import INDEX_FILE, SINGLE_FILE, companions
+from megatron_r1z.hf_headers import read_index
 from megatron_r1z.layout.blocks import Box, box_slices
 from megatron_r1z.layout.families import TensorSpec
 
 PIECE_BYTES = 64 << 20
 """What is read or written at a time: large enough for a disk to be at full speed, small beside a rank's weights."""
 
-_FORMATS = {
+FORMATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -36,7 +37,7 @@ _FORMATS = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 """Number formats by their names in a safetensors header."""
-_NAMES = {dtype: name for name, dtype in _FORMATS.items()}
+_NAMES = {dtype: name for name, dtype in FORMATS.items()}
 
 
 def row_ranges(num_rows: int, row_bytes: int, limit: int) -> Iterator[tuple[int, int]]:
@@ -61,21 +62,13 @@ def locate_tensors(folder: str | Path) -> dict[str, Path]:
     """
     index, single = Path(folder) / INDEX_FILE, Path(folder) / SINGLE_FILE
     if index.is_file():
-        return _read_index(index)
+        return read_index(index)
     if not single.is_file():
         raise DataError(
             f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; convert the weights to safetensors or set model.random_init."
         )
     with TensorReader(single) as file:
         return dict.fromkeys(file.names(), single)
-
-
-def _read_index(path: Path) -> dict[str, Path]:
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): path.parent / str(file) for tensor, file in names.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is not the index of a safetensors checkpoint: {error!r}.") from error
 
 
 class TensorReader:
@@ -107,9 +100,9 @@ class TensorReader:
     def dtype(self, name: str) -> torch.dtype:
         """Number format of one tensor."""
         found = self._slice(name).get_dtype()
-        if found not in _FORMATS:
-            raise DataError(f"{self.path}: {name} is stored as {found}; formats that can be read are {', '.join(_FORMATS)}.")
-        return _FORMATS[found]
+        if found not in FORMATS:
+            raise DataError(f"{self.path}: {name} is stored as {found}; formats that can be read are {', '.join(FORMATS)}.")
+        return FORMATS[found]
 
     def pieces(self, name: str, start: Box, size: Box) -> Iterator[tuple[int, Tensor]]:
         """A box in row pieces, each with its first row counted from `start`; a piece is valid until the next one is asked for."""
@@ -256,7 +249,10 @@ def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> Non
 
 
 def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype, quantization: Mapping[str, object] | None) -> None:
-    """config.json with the number format and quantisation of the files, and the tokenizer's files as they are."""
+    """config.json with the number format and quantisation of the files; what goes along with weights, as it is.
+
+    Python files do if a configuration names some in `auto_map`.
+    """
     config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
@@ -266,7 +262,9 @@ def write_companions(folder: Path, model_folder: Path, dtype: torch.dtype, quant
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in companions(model_folder):
-        shutil.copyfile(path, folder / path.name)
+        target = folder / path.relative_to(model_folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def replace_folder(partial: Path, target: Path) -> None:
@@ -274,9 +272,11 @@ def replace_folder(partial: Path, target: Path) -> None:
 
     At no time half a folder has the name, and at none both are gone.
     """
-    for path in partial.iterdir():
-        sync(path)
-    sync_entries(partial)
+    for path in (partial, *partial.rglob("*")):
+        if path.is_dir():
+            sync_entries(path)
+        else:
+            sync(path)
     old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -42,7 +42,7 @@ from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.prompts import PromptSet, PromptStream
-from megatron_r1z.protocols import Engine, Grader, Sampling
+from megatron_r1z.protocols import Engine, Grader, Sampling, Stop
 from megatron_r1z.receipts import save_receipt
 from megatron_r1z.rollouts import ROLLOUTS, save_rollouts
 from megatron_r1z.scores import score
@@ -93,7 +93,7 @@ class Run:
     refit: Callable[[int], RefitReceipt]
     """Hands the weights over as this policy version."""
     prompts: PromptStream
-    stop: tuple[str, ...]
+    stop: tuple[Stop, ...]
     evaluation: Sequence[PromptSet]
     checkpoints: Checkpoints
     log: RunLog

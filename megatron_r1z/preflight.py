@@ -21,12 +21,23 @@ from megatron_r1z.folders import kind_of
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import check_policy
 from megatron_r1z.grading.functions import check_reward_function
-from megatron_r1z.hf_files import locate_tensors
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
-from megatron_r1z.layout.families import ModelShape, RopeScaling, load_shape
+from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
+from megatron_r1z.layout.rope import RopeScaling
 from megatron_r1z.model_checks import check_dense, check_layers, check_lengths
-from megatron_r1z.prompts import QuestionSet, load_prompts, load_question_sets, load_tokenizer, make_template, mark_questions, name_sources
+from megatron_r1z.model_folder import check_tensors, check_tokens
+from megatron_r1z.prompts import (
+    QuestionSet,
+    added_tokens,
+    load_prompts,
+    load_question_sets,
+    load_tokenizer,
+    make_stops,
+    make_template,
+    mark_questions,
+    name_sources,
+)
 from megatron_r1z.resume_point import damage_of, find_resume_point, holds_checkpoints, steps_of
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -39,17 +50,17 @@ def check_train(config: TrainConfig) -> list[str]:
     """Refuse a reinforcement learning run that cannot work.
 
     Returns:
-        What can work and is hardly meant, one sentence each: evaluation questions that are also trained on.
+        What can work and is hardly meant, one sentence each: evaluation questions that are also trained on, a tokenizer that ends prompts.
 
     Raises:
         UsageError: one sentence with the numbers and what to do next.
     """
     require_libraries(("torch", "megatron.core", "vllm", "transformers", "sympy", "math_verify"))
-    _check_sampling(config, _check_model(config))
+    said = _check_sampling(config, _check_model(config))
     train, evaluation = load_question_sets(config.data.train), load_question_sets(config.evaluation.sets)
     _check_questions(config, [*train, *evaluation])
     on_first_rank(lambda: check_goes_on(config, mark_questions(config.data.train, train)))
-    return leak_warnings(train, evaluation)
+    return said + leak_warnings(train, evaluation)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
@@ -102,7 +113,7 @@ def check_pretrain(config: PretrainConfig) -> None:
         raise ConfigError(
             f"corpus.max_document_tokens is {config.corpus.max_document_tokens}; the model has {shape.max_positions} positions."
         )
-    load_tokenizer(config.model.path)
+    check_tokens(config.model.path, shape, load_tokenizer(config.model.path))
     rows = check_corpus(config.corpus)
     on_first_rank(lambda: check_goes_on(config, rows))
 
@@ -180,7 +191,7 @@ def _check_weights(config: AnyConfig, shape: ModelShape) -> None:
     if wrong is not None:
         raise ConfigError(f"model.checkpoint {checkpoint} is damaged: {wrong}; name another one.")
     if checkpoint is None and not config.model.random_init:
-        locate_tensors(config.model.path)
+        check_tensors(config.model.path, shape)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -201,12 +212,17 @@ def _check_head_size(shape: ModelShape) -> None:
         )
 
 
-def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
-    """The engine, and how questions are put and graded."""
+def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> list[str]:
+    """The engine, and how questions are put and graded; returns what is repaired, one sentence each."""
     _check_fp8_engine(config, shape)
     _check_head_size(shape)
     check_lengths(config, shape)
-    make_template(config.data, load_tokenizer(config.model.path))
+    tokenizer = load_tokenizer(config.model.path)
+    check_tokens(config.model.path, shape, tokenizer)
+    template = make_template(config.data, tokenizer)
+    make_stops(template.stop if config.rollout.stop is None else config.rollout.stop, tokenizer)
+    behind = added_tokens(tokenizer).behind
+    return [f"the tokenizer of {config.model.path} ends a text with {tokenizer.decode(behind)!r}; prompts go without it."] if behind else []
 
 
 def _check_questions(config: TrainConfig | EvaluateConfig, sets: Sequence[QuestionSet]) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron_r1z.config import DataConfig, QuestionSource, RowSource
-from megatron_r1z.errors import DataError, MissingExtraError
+from megatron_r1z.errors import ConfigError, DataError, MissingExtraError
 from megatron_r1z.fingerprint import RowsMark, digest_texts
 from megatron_r1z.order import SeededStream
+from megatron_r1z.protocols import Stop
 from megatron_r1z.rows import Row, is_one_of, matches, parse_answers, scan_rows, split_suffixes
 from megatron_r1z.types import Prompt
 
@@ -120,7 +121,7 @@ class Template:
     render: Callable[[str], str]
     """From the question to the text of the prompt."""
     add_special_tokens: bool = True
-    """Let the tokenizer add its own (BOS); False where the text holds them already."""
+    """Begin with what the tokenizer puts before a text (BOS); False where the text holds its own."""
     render_messages: Callable[[Sequence[Message]], str] | None = None
     """The same from a conversation, all but its system turn as it is; None where its last turn is put like any other question."""
     keeps_system: bool = False
@@ -147,6 +148,15 @@ class Template:
         if self.render_messages is None:
             return max(0, len(question.messages) - 1)
         return 0 if self.keeps_system else sum(message.role == SYSTEM for message in question.messages)
+
+
+class AddedTokens(NamedTuple):
+    """What a tokenizer writes around a text."""
+
+    before: list[int]
+    """BOS, or nothing."""
+    behind: list[int]
+    """EOS in some tokenizers; a prompt goes without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +211,23 @@ def make_template(config: DataConfig, tokenizer: Tokenizer) -> Template:
     if config.template == "few_shot":
         return _make_text_template("few_shot", _load_shots(config.shots_path or ""), FEW_SHOT_STOP)
     return _make_text_template(config.template, *TEMPLATES[config.template])
+
+
+def make_stops(stop: Sequence[str], tokenizer: Any) -> tuple[Stop, ...]:
+    """The stop strings, and the ids of those that are a special token: in the text, where strings are sought, it never stands.
+
+    Raises:
+        ConfigError: a string contains a special token, so that it can never be found.
+    """
+    special = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special and str(token)}
+    for text in stop:
+        inside = next((token for token in special if token in text), None)
+        if inside is not None and text not in special:
+            raise ConfigError(
+                f"rollout.stop has {text!r}, which can never be found: the special token {inside!r} is left out of the text of a response; "
+                "name that token alone, or leave it out."
+            )
+    return (*stop, *(special[text] for text in stop if text in special))
 
 
 def _make_text_template(name: str, text: str, stop: tuple[str, ...]) -> Template:
@@ -352,7 +379,8 @@ def make_prompts(
 ) -> tuple[list[Prompt], int]:
     """Put the questions into the template and tokenise them as vLLM does; return the prompts and how many were too long.
 
-    Special tokens written in the template are parsed; so are those in a question, of which `find_remarks` tells.
+    Special tokens written in the template are parsed; so are those in a question, of which `find_remarks` tells. Of those the tokenizer
+    adds only the ones before a text are taken (BOS), and not twice: a prompt is to be gone on from, so no EOS ends it.
 
     Raises:
         DataError: the chat template does not take a conversation.
@@ -360,13 +388,35 @@ def make_prompts(
     if not questions:
         return [], 0
     texts = [template.put(question) for question in questions]
-    tokenised = tokenizer(texts, add_special_tokens=template.add_special_tokens).input_ids
+    tokenised = tokenise(texts, tokenizer, has_start=template.add_special_tokens)
     prompts = [
         Prompt(question.question_id, text, tuple(token_ids), question.answers, question.source)
         for question, text, token_ids in zip(questions, texts, tokenised, strict=True)
         if len(token_ids) <= max_prompt_tokens
     ]
     return prompts, len(questions) - len(prompts)
+
+
+def tokenise(texts: Sequence[str], tokenizer: Tokenizer, *, has_start: bool) -> list[list[int]]:
+    """Token ids of texts that are to be gone on from; with `has_start` behind what the tokenizer puts before a text, if it is not there."""
+    start = added_tokens(tokenizer).before if has_start else []
+    plain: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
+    return [token_ids if token_ids[: len(start)] == start else [*start, *token_ids] for token_ids in plain]
+
+
+def added_tokens(tokenizer: Tokenizer) -> AddedTokens:
+    """What a tokenizer adds to a text.
+
+    Raises:
+        DataError: it changes the text itself.
+    """
+    text = "A 1"
+    (plain,) = tokenizer([text], add_special_tokens=False).input_ids
+    (whole,) = tokenizer([text], add_special_tokens=True).input_ids
+    for first in range(len(whole) - len(plain) + 1):
+        if whole[first : first + len(plain)] == plain:
+            return AddedTokens(list(whole[:first]), list(whole[first + len(plain) :]))
+    raise DataError(f"the tokenizer makes {plain} of {text!r} and with its special tokens {whole}; those must stand around the rest.")
 
 
 def load_prompts(config: DataConfig, sources: Sequence[QuestionSource], tokenizer: Tokenizer) -> list[PromptSet]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Result = TypeVar("Result")
+Stop = str | int
+"""What ends a response: a string in its text, or the id of a token that the text leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Sampling:
     temperature: float
     top_p: float
     top_k: int
-    stop: tuple[str, ...]
+    stop: tuple[Stop, ...]
     seed: int
 
 

@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_r1z.errors import DataError
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3 frequency scaling (transformers `modeling_rope_utils._compute_llama3_parameters`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+from megatron_r1z.layout.config_fields import integer, number, truth
+from megatron_r1z.layout.config_keys import odd_key
+from megatron_r1z.layout.rope import Rope, RopeScaling, read_rope
 
 
 @dataclass(frozen=True)
@@ -122,6 +115,10 @@ class Family:
     qk_norm: bool = False
     experts: ExpertNames | None = None
     """Present where every feed-forward layer is a mixture of experts."""
+    has_window_switch: bool = False
+    """`use_sliding_window` turns the window off; elsewhere transformers or vLLM take a window that is given, whatever that key says."""
+    has_derived_heads: bool = False
+    """vLLM takes hidden size over heads for the size of a head, whatever `head_dim` says."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that a missing key stands for; source: `transformers/models/<family>/configuration_<family>.py`."""
 
@@ -134,27 +131,41 @@ _COMMON: Mapping[str, Any] = {
     "rope_theta": 10000.0,
     "use_sliding_window": False,
     "sliding_window": None,
+    "head_dim": None,
+    "num_key_value_heads": None,
 }
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM", defaults={"max_position_embeddings": 2048}),
     "mistral": Family(
         "MistralForCausalLM",
-        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "use_sliding_window": True, "sliding_window": 4096},
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     ),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults={"num_key_value_heads": 32, "max_window_layers": 28}),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        has_window_switch=True,
+        has_derived_heads=True,
+        defaults={"num_key_value_heads": 32, "max_window_layers": 28},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        qk_norm=True,
+        has_window_switch=True,
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28},
+    ),
     "mixtral": Family(
         "MixtralForCausalLM",
         experts=ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2"),
         defaults={
-            **{"num_key_value_heads": 8, "max_position_embeddings": 131072, "use_sliding_window": True, "rms_norm_eps": 1e-5},
+            **{"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
             **{"rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
         },
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         qk_norm=True,
+        has_window_switch=True,
         experts=ExpertNames("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
         defaults={"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
     ),
@@ -162,34 +173,44 @@ FAMILIES: Mapping[str, Family] = {
 """Known families by `model_type`."""
 
 
+BLOCK_FP8: Mapping[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""Hugging Face's description of matrices in FP8 with a scale for each block (transformers `FineGrainedFP8Config`, vLLM `Fp8Config`)."""
+_FP8_KEYS = ("fmt", "scale_fmt", "modules_to_not_convert", "ignored_layers", "dequantize", "_pre_quantization_dtype")
+"""What else such a description may say: which matrices stay as they are is told by their own formats."""
+
+
+def _has_other_layers(config: Mapping[str, Any]) -> bool:
+    return any(kind != "full_attention" for kind in config.get("layer_types") or ())
+
+
 def _slides(config: Mapping[str, Any]) -> bool:
-    """Whether some layer attends to less than a full sequence."""
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        return True
+    """Whether a window is shorter than the longest sequence."""
     window, limit = config["sliding_window"], config["max_position_embeddings"]
     first_sliding_layer = config.get("max_window_layers", 0)
     return bool(config["use_sliding_window"] and window and window < limit and first_sliding_layer < config["num_hidden_layers"])
+
+
+def _is_quantised_otherwise(config: Mapping[str, Any]) -> bool:
+    found = config.get("quantization_config") or BLOCK_FP8
+    described = {name: value for name, value in found.items() if name not in _FP8_KEYS and value is not None}
+    return {"activation_scheme": BLOCK_FP8["activation_scheme"], **described} != BLOCK_FP8
 
 
 def _shares_experts(config: Mapping[str, Any]) -> bool:
     return any(config.get(name) for name in ("shared_expert_intermediate_size", "num_shared_experts", "n_shared_experts"))
 
 
-BLOCK_FP8: Mapping[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-"""Hugging Face's description of matrices in FP8 with a scale for each block (transformers `FineGrainedFP8Config`, vLLM `Fp8Config`)."""
 _UNSUPPORTED: tuple[tuple[Callable[[Mapping[str, Any]], object], str], ...] = (
-    (_slides, "a sliding attention window ({sliding_window} tokens)"),
+    (_has_other_layers, "layers that are not full attention (layer_types {layer_types})"),
+    (_slides, "a sliding attention window (sliding_window {sliding_window})"),
     (lambda config: config["hidden_act"] != "silu", "activation '{hidden_act}' (silu is supported)"),
     (lambda config: config.get("mlp_bias"), "mlp_bias: biases in the feed-forward layers"),
     (
         lambda config: config.get("attention_out_bias", config.get("attention_bias")),
         "attention_bias: a bias on the attention output projection",
     ),
-    (lambda config: config.get("partial_rotary_factor", 1.0) not in (None, 1.0), "partial_rotary_factor {partial_rotary_factor}"),
-    (
-        lambda config: (config.get("quantization_config") or BLOCK_FP8).get("weight_block_size") != BLOCK_FP8["weight_block_size"],
-        "weights that are quantised in another way than in FP8 blocks of 128 x 128 (quantization_config)",
-    ),
+    (lambda config: config.get("partial_rotary_factor", 1) not in (None, 1), "partial_rotary_factor {partial_rotary_factor}"),
+    (_is_quantised_otherwise, "weights that are quantised in another way than in FP8 blocks of 128 x 128 (quantization_config)"),
     (lambda config: config.get("mlp_only_layers"), "dense layers between mixtures of experts (mlp_only_layers {mlp_only_layers})"),
     (
         lambda config: config.get("decoder_sparse_step", 1) != 1,
@@ -217,11 +238,12 @@ def make_shape(config: Mapping[str, Any], path: str | Path) -> ModelShape:
         DataError: the family is not in `FAMILIES`, a key is missing or malformed, or the model has an unsupported feature.
     """
     name = _family_name(config, path)
-    family = FAMILIES[name]
-    config = {**_COMMON, **family.defaults, **config}
+    family, given = FAMILIES[name], config
+    config = {**_COMMON, **family.defaults, **given} | ({} if family.has_window_switch else {"use_sliding_window": True})
     try:
         _refuse_unsupported(config, path)
-        return _make_shape(name, family, config, path)
+        _refuse_odd_keys(given, family, path)
+        return _make_shape(name, family, config, read_rope(given, config, path))
     except KeyError as error:
         raise DataError(f"{path} lacks {error}; it is not the configuration of a {name} model.") from error
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -293,12 +315,21 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _family_name(config: Mapping[str, Any], path: str | Path) -> str:
+    """What `model_type` says, by which transformers goes; vLLM goes by `architectures`, which must not say something else."""
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
     architectures = [str(item) for item in config.get("architectures") or ()]
-    names = [by_architecture.get(item) for item in architectures] or [str(config.get("model_type"))]
+    model_type = config.get("model_type")
+    names = [by_architecture.get(item) for item in architectures] or [str(model_type)]
     if names[0] not in FAMILIES:
-        found = ", ".join(architectures) or config.get("model_type")
+        found = ", ".join(architectures) or model_type
         raise DataError(f"{path} describes {found}, which is not supported; known families: {', '.join(FAMILIES)}.")
+    if model_type is None:
+        raise DataError(f"{path} lacks 'model_type', by which transformers tells a model; {names[0]} is that of {architectures[0]}.")
+    if set(names) != {model_type}:
+        raise DataError(
+            f"{path} has model_type '{model_type}' and architectures {architectures}, which are different models to different readers; "
+            "correct the one that is wrong."
+        )
     return str(names[0])
 
 
@@ -308,51 +339,53 @@ def _refuse_unsupported(config: Mapping[str, Any], path: str | Path) -> None:
             raise DataError(f"{path} asks for {sentence.format_map(config)}, which is not supported.")
 
 
-def _make_shape(name: str, family: Family, config: Mapping[str, Any], path: str | Path) -> ModelShape:
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    theta, scaling = _rope(config, path)
+def _refuse_odd_keys(given: Mapping[str, Any], family: Family, path: str | Path) -> None:
+    odd = odd_key(given, has_experts=family.experts is not None)
+    if odd is not None:
+        raise DataError(
+            f"{path} has {odd.name} {json.dumps(odd.value)}, which some readers of a {family.architecture} compute and others ignore; "
+            "it is not supported, so take it out if the weights were trained without it."
+        )
+
+
+def _make_shape(name: str, family: Family, config: Mapping[str, Any], rope: Rope) -> ModelShape:
+    heads, hidden = integer(config, "num_attention_heads"), integer(config, "hidden_size")
     ffn_size, num_experts, experts_per_token = _feed_forward(family, config)
     return ModelShape(
         family=name,
-        num_layers=int(config["num_hidden_layers"]),
+        num_layers=integer(config, "num_hidden_layers"),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        num_kv_heads=heads if config["num_key_value_heads"] is None else integer(config, "num_key_value_heads"),
+        head_dim=_head_dim(family, config, hidden, heads),
         ffn_size=ffn_size,
-        vocab_size=int(config["vocab_size"]),
-        tied_embeddings=bool(config["tie_word_embeddings"]),
+        vocab_size=integer(config, "vocab_size"),
+        tied_embeddings=truth(config, "tie_word_embeddings"),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=float(config["rms_norm_eps"]),
-        max_positions=int(config["max_position_embeddings"]),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        norm_eps=number(config, "rms_norm_eps"),
+        max_positions=integer(config, "max_position_embeddings"),
         num_experts=num_experts,
         experts_per_token=experts_per_token,
     )
 
 
+def _head_dim(family: Family, config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    found = config["head_dim"]
+    if found is None and "head_dim" not in family.defaults:
+        return hidden // heads
+    size = integer(config, "head_dim")
+    if family.has_derived_heads and size * heads != hidden:
+        raise ValueError(f"head_dim is {size}, which vLLM takes to be {hidden} / {heads}")
+    return size
+
+
 def _feed_forward(family: Family, config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Intermediate size, experts, experts per token; transformers 5 writes `num_local_experts` where others have `num_experts`."""
     if family.experts is None:
-        return int(config["intermediate_size"]), 0, 0
-    size = config.get("moe_intermediate_size") or config["intermediate_size"]
-    return int(size), int(config.get("num_local_experts") or config["num_experts"]), int(config["num_experts_per_tok"])
-
-
-def _rope(config: Mapping[str, Any], path: str | Path) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise DataError(f"{path} asks for rope type '{kind}', which is not supported; default and llama3 are.")
-    theta = float(rope.get("rope_theta", config["rope_theta"]))
-    if kind == "default":
-        return theta, None
-    return theta, RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
-    )
+        return integer(config, "intermediate_size"), 0, 0
+    size = "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
+    count = "num_local_experts" if config.get("num_local_experts") else "num_experts"
+    return integer(config, size), integer(config, count), integer(config, "num_experts_per_tok")

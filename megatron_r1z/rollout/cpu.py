@@ -32,7 +32,7 @@ def prepare_import() -> None:
     for name, value in (ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
     capabilities = MappingProxyType(held_back(torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")))
-    torch.cpu.get_capabilities = lambda: capabilities
+    torch.cpu.get_capabilities = lambda: capabilities  # type: ignore[assignment]
     logging.getLogger("vllm").setLevel(logging.ERROR)  # it speaks before it reads its own setting
 
 

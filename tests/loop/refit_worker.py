@@ -5,7 +5,7 @@ Run by torchrun with a command and a folder; `settings.json` in the folder says 
 
 `refit`: the policy's weights, changed and handed over twice; the second ones are exported. Then hand-overs that must not be accepted.
 `gathered`: the same two hand-overs the other way, whole tensors through vLLM's own loader.
-`packed`: a hand-over into an engine whose kernels keep weights in a layout of their own.
+`packed`: a hand-over into an engine whose kernels keep weights in a layout of their own; then a stop at a special token.
 `fresh`: the exported folder, loaded by vLLM.
 """
 
@@ -15,6 +15,7 @@ import functools
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ from megatron_r1z.layout.blocks import engine_layout, megatron_layout, padded_vo
 from megatron_r1z.layout.families import load_shape
 from megatron_r1z.layout.plan import make_plan
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.prompts import load_tokenizer, make_stops
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.links import Links, Seen
 from megatron_r1z.reshard.refit import Refit
 from megatron_r1z.rollout import vllm_engine
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
-from megatron_r1z.types import Prompt
+from megatron_r1z.types import FinishReason, Prompt
 
 PROMPTS = [Prompt(f"test/{length}", "", tuple(3 + index * 5 % 17 for index in range(length)), ("",), "test") for length in (3, 150, 9, 30)]
 SAMPLING = Sampling(num_samples=3, max_tokens=24, temperature=1.0, top_p=1.0, top_k=-1, stop=(), seed=11)
@@ -136,6 +138,22 @@ def packed(settings: Mapping[str, Any], folder: Path) -> None:
     hand_over(1)
     save(engine, 1, folder, "after")
     export(policy, plan, settings, folder)
+    stop_at_a_special_token(engine, settings["model"])
+
+
+def stop_at_a_special_token(engine: VllmEngine, model: str) -> None:
+    """`<pad>` is never in the text, and ends a response all the same, as its last token; up to there nothing changes."""
+    stop = make_stops(("<pad>",), load_tokenizer(model))
+    whole, stopped = (engine.generate(PROMPTS, replace(SAMPLING, stop=which), 1) for which in ((), stop))
+    pairs = [pair for one, other in zip(whole, stopped, strict=True) for pair in zip(one.responses, other.responses, strict=True)]
+    pad = stop[-1]
+    assert any(pad in before.token_ids for before, _ in pairs)
+    for before, after in pairs:
+        length = before.token_ids.index(pad) + 1 if pad in before.token_ids else before.length
+        assert after.token_ids == before.token_ids[:length]
+        assert after.logprobs == pytest.approx(before.logprobs[:length], abs=1e-5)
+        assert (after.finish_reason is FinishReason.STOP) == (pad in after.token_ids or before.finish_reason is FinishReason.STOP)
+        assert "<pad>" not in after.text
 
 
 def without(prepare: Any, module: str, switch: str) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 GOOD_ROW = '{"problem": "1 + 1?", "answer": "2"}\n'
 
@@ -111,6 +112,19 @@ def test_unknown_family(refusal: Callable[..., str], good: list[str], base: Path
     sentence = refusal("train", *good, f"model.path={model}")
     assert "GPT2LMHeadModel" in sentence
     assert "qwen2" in sentence
+
+
+def test_a_model_that_is_another_one_to_another_reader(
+    refusal: Callable[..., str], cli: Any, good: list[str], base: Path, tmp_path: Path
+) -> None:
+    model = changed_model(base, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, model / "model.safetensors", {"format": "pt"})
+    sentence = refusal("train", *good, f"model.path={model}")
+    assert f"{model / 'model.safetensors'} has a lm_head.weight that differs from model.embed_tokens.weight" in sentence
+    outcome = cli.run("convert", str(model), str(tmp_path / "target"))
+    assert (outcome.status, outcome.stdout, outcome.stderr) == (2, "", sentence)
+    assert not (tmp_path / "target").exists()
 
 
 def test_model_without_weights(refusal: Callable[..., str], good: list[str], task: Any) -> None:

@@ -52,7 +52,7 @@ def make_checkpoint() -> Callable[[Path], Path]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
     """`run_ranks(worker, num_ranks, *arguments)` runs `worker RANK NUM_RANKS *arguments` on all ranks; each must end with status 0."""
     return _run_ranks

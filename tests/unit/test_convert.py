@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_r1z.config import ModelConfig, ParallelConfig
 from megatron_r1z.convert import Conversion, check_target, plan_conversion
 from megatron_r1z.errors import ConfigError, DataError
 from megatron_r1z.export import SHARD_BYTES
+from megatron_r1z.layout.families import hf_tensors, load_shape
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "num_hidden_layers": 2,
     "hidden_size": 16,
     "num_attention_heads": 4,
@@ -45,7 +47,8 @@ def step(model: Path, tmp_path: Path) -> Path:
 def make_model(folder: Path, dtype: torch.dtype = torch.bfloat16, **config: object) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
-    save_file({"model.norm.weight": torch.ones(16, dtype=dtype)}, folder / "model.safetensors")
+    tensors = {spec.name: torch.ones(spec.shape, dtype=dtype) for spec in hf_tensors(load_shape(folder))}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -67,6 +70,13 @@ def test_a_model_folder_becomes_a_checkpoint_in_its_own_format(model: Path) -> N
     assert (conversion.kind, conversion.precision.policy, conversion.shard_bytes) == ("megatron", "bf16", SHARD_BYTES)
     assert conversion.model == ModelConfig(path=str(model))
     assert (conversion.source, conversion.target, conversion.parallel.tensor_parallel_size) == (model, Path("target"), 2)
+
+
+def test_a_folder_that_would_lose_a_tensor_is_refused(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.o_proj.bias": torch.ones(16)}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"has a tensor model\.layers\.0\.self_attn\.o_proj\.bias"):
+        plan(model)
 
 
 def test_a_checkpoint_of_a_run_becomes_a_folder_of_the_runs_model(step: Path, model: Path) -> None:

@@ -173,6 +173,20 @@ def test_documents_are_read_by_number_and_slice() -> None:
         documents[3]
 
 
+class EndingTokenizer(ByteTokenizer):
+    """One that ends every text itself."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Encoding:
+        plain = super().__call__(text, add_special_tokens=add_special_tokens)
+        return Encoding([[*ids, ord("$")] for ids in plain.input_ids]) if add_special_tokens else plain
+
+
+def test_no_end_stands_between_prompt_and_response(tmp_path: Path) -> None:
+    config = make_config(tmp_path, [{"prompt": "1+1=", "response": "2"}, {"text": "abc"}])
+    (found,) = load_texts(config, config.sources, EndingTokenizer(bos=(2,)), 256)
+    assert [document.token_ids for document in found.documents] == [(2, *b"1+1=2$"), (2, *b"abc$")]
+
+
 def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     source = (TextSource(path="a.jsonl"),)
     for fields, sentence in (

@@ -22,6 +22,7 @@ from megatron_r1z.layout.blocks import Layout, box_slices, engine_layout, hf_lay
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.fp8 import SCALES, fp8_matrices
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.model_folder import check_tensors
 
 RunRanks = Callable[..., None]
 WORKER = Path(__file__).with_name("export_ranks.py")
@@ -119,11 +120,13 @@ def test_number_formats(tmp_path: Path) -> None:
     before, after = load_file(tmp_path / "model" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(after[name], before[name].bfloat16()) for name in before)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    check_tensors(tmp_path / "out", shape)
 
 
 def test_companions_and_replacement(tmp_path: Path) -> None:
     shape = make_model(tmp_path / "model", "llama", False)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "optimizer.pt"):
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "optimizer.pt", "tokenizer.model", "setup.py")
+    for name in names:
         (tmp_path / "model" / name).write_text(name)
     layout = megatron_layout(shape, Topology(1), 64)
     weights = loaded(tmp_path / "model", shape, layout, 0)
@@ -137,10 +140,30 @@ def test_companions_and_replacement(tmp_path: Path) -> None:
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
         "vocab.json",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
+def test_code_and_further_templates_go_along(tmp_path: Path, place: str) -> None:
+    """With `auto_map` the Python files too: the one that it names imports its neighbour."""
+    shape = make_model(tmp_path / "model", "llama", False)
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    kept = ("modeling_x.py", "layers_x.py", "additional_chat_templates/tool_use.jinja", "special_tokens_map.json", "added_tokens.json")
+    for name in kept:
+        (tmp_path / "model" / name).write_text(name)
+    path = tmp_path / "model" / place
+    tree = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(tree | {"auto_map": {"AutoX": "modeling_x.X"}, "unsloth_version": "1"}))
+    layout = megatron_layout(shape, Topology(1), 64)
+    weights = loaded(tmp_path / "model", shape, layout, 0)
+    save_hf(tmp_path / "out", tmp_path / "model", shape, layout, weights, 0, 1, torch.float32)
+    assert {name: (tmp_path / "out" / name).read_text() for name in kept} == {name: name for name in kept}
+    before, after = (json.loads((tmp_path / name / place).read_text()) for name in ("model", "out"))
+    assert after == before
 
 
 def files_of(folder: Path) -> dict[str, Tensor]:
@@ -160,6 +183,7 @@ def test_waves_and_ranks_do_not_change_what_is_written(tmp_path: Path, run_ranks
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected), folder
         assert len(list(folder.glob("*.safetensors"))) > 5
+        check_tensors(folder, load_shape(folder))
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -265,6 +289,7 @@ def test_fp8_out_and_in(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
     assert load_shape(tmp_path / "fp8") == shape
+    check_tensors(tmp_path / "fp8", shape)
     original = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}
     written = {name: load_file(path)[name] for name, path in locate_tensors(tmp_path / "fp8").items()}
     matrices = fp8_matrices(shape, [layout])

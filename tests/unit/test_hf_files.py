@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 
 from megatron_r1z import hf_files
 from megatron_r1z.errors import DataError, ExportError
 from megatron_r1z.hf_files import TensorReader, TensorWriter
+from megatron_r1z.hf_headers import read_header
 from megatron_r1z.layout.families import TensorSpec
 
 SPECS = [TensorSpec("b", (40, 6)), TensorSpec("a", (17,)), TensorSpec("c", (3, 2))]
@@ -103,6 +107,42 @@ def test_a_file_that_is_not_what_was_written_is_found(tmp_path: Path, damage: Ca
     damage(tmp_path / "file")
     with pytest.raises((ExportError, OSError), match=message):
         writer.check()
+
+
+def cut_off(data: bytes, length: int, _bits: int) -> bytes:
+    return data[: max(0, len(data) - 1 - length)]
+
+
+def lengthened(data: bytes, length: int, _bits: int) -> bytes:
+    return data + bytes(1 + length)
+
+
+def changed(data: bytes, position: int, bits: int) -> bytes:
+    position %= len(data)
+    return data[:position] + bytes([data[position] ^ bits]) + data[position + 1 :]
+
+
+@given(damage=st.sampled_from([cut_off, lengthened, changed, changed]), position=st.integers(0, 1000), bits=st.integers(0, 255))
+def test_a_damaged_header_is_refused_in_one_sentence_or_says_what_it_said(
+    tmp_path_factory: pytest.TempPathFactory, damage: Callable[[bytes, int, int], bytes], position: int, bits: int
+) -> None:
+    """Never another exception, and never other sizes than the file has."""
+    path = tmp_path_factory.mktemp("damaged") / "file"
+    save_file(tensors(torch.bfloat16), path)
+    assert {name: (item.dtype, item.shape) for name, item in read_header(path).items()} == {
+        spec.name: ("BF16", spec.shape) for spec in SPECS
+    }
+    path.write_bytes(damage(path.read_bytes(), position, bits))
+    refusal, num_elements = "", None
+    try:
+        num_elements = sum(math.prod(item.shape) for item in read_header(path).values())
+    except DataError as error:
+        refusal = str(error)
+    if refusal or damage is not changed:
+        assert str(path) in refusal
+        assert "\n" not in refusal
+    else:
+        assert num_elements == sum(spec.numel for spec in SPECS)
 
 
 def test_formats_that_are_no_weights_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_r1z import preflight
 from megatron_r1z.changes import record_work
 from megatron_r1z.config import AnalyseConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config, make_config
 from megatron_r1z.errors import ConfigError, DataError, MissingExtraError, UsageError
+from megatron_r1z.layout.families import hf_tensors, load_shape
 from megatron_r1z.preflight import check_analyse, check_evaluate, check_pretrain, check_train, require_libraries
 
 pytest.importorskip("megatron.core")
@@ -27,12 +29,21 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
 make_task = importlib.import_module("make_task")
 
 
+ENDS_TEXTS = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<eos>", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
+}
+"""A post-processor of tokenizer.json."""
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The quickstart's model with an (empty) weights file, questions, a corpus and a reward function, on a machine without a GPU."""
+    """The quickstart's model with weights of zero, questions, a corpus and a reward function, on a machine without a GPU."""
     monkeypatch.setattr(preflight, "_has_cuda", lambda: False)
     make_task.save_model(tmp_path / "model")
-    save_file({"model.norm.weight": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
+    save_weights(tmp_path / "model")
     (tmp_path / "questions.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n\n{"problem": "1+2", "answer": 3}\n')
     (tmp_path / "corpus.jsonl").write_text('{"text": "1+1=2"}\n{"prompt": "1+2=", "response": "3"}\n')
     (tmp_path / "reward.py").write_text("def reward(response, answers, finish_reason):\n    return 1.0\n")
@@ -42,6 +53,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def edit_model(folder: Path, **fields: Any) -> None:
     path = folder / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with contextlib.suppress(DataError):  # of a configuration that is to be refused itself
+        save_weights(folder / "model")
+
+
+def save_weights(model: Path) -> None:
+    tensors = {spec.name: torch.zeros(spec.shape) for spec in hf_tensors(load_shape(model))}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
 def train_config(folder: Path, **sections: dict[str, Any]) -> TrainConfig:
@@ -224,6 +242,55 @@ def test_there_are_no_weights(folder: Path) -> None:
     assert f"{folder / 'model'} holds neither model.safetensors nor model.safetensors.index.json" in sentence
     assert "model.random_init" in sentence
     check_train(train_config(folder, model={"random_init": True}))
+
+
+COMMANDS = {
+    "train": lambda folder: check_train(train_config(folder)),
+    "pretrain": lambda folder: check_pretrain(pretrain_config(folder, model={"random_init": False})),
+    "evaluate": lambda folder: check_evaluate(evaluate_config(folder)),
+    "analyse": lambda folder: check_analyse(analyse_config(folder)),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_looks_at_the_whole_model_folder(folder: Path, command: str) -> None:
+    """What is refused is in test_model_folder.py; here: that it is asked, of config.json, tensors, tokenizer and generation_config.json."""
+    check, model = COMMANDS[command], folder / "model"
+    check(folder)
+    edit_model(folder, logit_scale=0.5)
+    with pytest.raises(DataError, match=r"has logit_scale 0\.5"):
+        check(folder)
+    edit_model(folder, logit_scale=None)
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.ones(27, 128)}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"lm_head\.weight that differs"):
+        check(folder)
+    edit_model(folder, vocab_size=20)
+    with pytest.raises(DataError, match=r"the model has 20 rows"):
+        check(folder)
+    edit_model(folder, vocab_size=27)
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"generation_config\.json is not valid JSON"):
+        check(folder)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "analyse"])
+def test_a_stop_string_that_can_never_be_found(folder: Path, command: str) -> None:
+    stop = {"rollout": {"max_response_tokens": 200, "stop": ["<eos>", "<eos>\n"]}}
+    make = {"train": train_config, "evaluate": evaluate_config, "analyse": analyse_config}[command]
+    check = {"train": check_train, "evaluate": check_evaluate, "analyse": check_analyse}[command]
+    with pytest.raises(ConfigError, match=r"rollout\.stop has '<eos>\\n', which can never be found"):
+        check(make(folder, **stop))
+    stop["rollout"]["stop"] = ["<eos>"]
+    check(make(folder, **stop))
+
+
+def test_a_tokenizer_that_ends_prompts_is_told(folder: Path) -> None:
+    assert check_train(train_config(folder)) == []
+    path = folder / "model" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": ENDS_TEXTS}))
+    (said,) = check_train(train_config(folder))
+    assert said == f"the tokenizer of {folder / 'model'} ends a text with '<eos>'; prompts go without it."
 
 
 def test_there_is_no_tokenizer(folder: Path) -> None:

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,15 +22,18 @@ from megatron_r1z.prompts import (
     Message,
     PromptStream,
     Question,
+    added_tokens,
     load_prompts,
     load_question_sets,
     load_questions,
     load_tokenizer,
     make_prompts,
+    make_stops,
     make_template,
     mark_questions,
     name_sources,
     read_questions,
+    tokenise,
 )
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -576,3 +580,59 @@ class TestTokenizer:
         with pytest.raises(DataError, match="no tokenizer can be read from") as caught:
             load_tokenizer(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+class TestAddedTokens:
+    """Of real tokenizers, made on the spot: BOS once, EOS never."""
+
+    BOS, EOS = ("<s>", 0), ("</s>", 1)
+
+    def make(self, before: Sequence[tuple[str, int]], behind: Sequence[tuple[str, int]]) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        names = ["<s>", "</s>", "<|im_end|>", *(chr(code) for code in range(33, 127)), "\u0120", "\u010a"]
+        backend = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        pattern = " ".join([*(name for name, _ in before), "$A", *(name for name, _ in behind)])
+        backend.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[*before, *behind])
+        options = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": ["<|im_end|>"]}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+    @pytest.mark.parametrize("before", [[], [BOS]])
+    @pytest.mark.parametrize("behind", [[], [EOS]])
+    @pytest.mark.parametrize("text", ["1 + 1 = ", "<s>1 + 1 = ", "<s>"])
+    def test_a_prompt_begins_once_and_does_not_end(self, before: Any, behind: Any, text: str) -> None:
+        tokenizer = self.make(before, behind)
+        assert added_tokens(tokenizer) == ([token for _, token in before], [token for _, token in behind])
+        (found,) = tokenise([text], tokenizer, has_start=True)
+        (plain,) = tokenise([text], tokenizer, has_start=False)
+        has_bos = bool(before) or text.startswith("<s>")
+        assert found.count(0) == has_bos
+        assert (found[0] == 0) == has_bos
+        assert 1 not in found
+        assert plain == tokenizer(text, add_special_tokens=False).input_ids
+        assert found in (plain, [0, *plain])
+
+    def test_a_chat_template_that_writes_bos_gets_no_second_one(self) -> None:
+        tokenizer = self.make([self.BOS], [self.EOS])
+        tokenizer.chat_template = "<s>{% for turn in messages %}{{ turn['content'] }}<|im_end|>{% endfor %}>"
+        template = make_template(make_config(template="chat"), tokenizer)
+        ((prompt,), _) = make_prompts([Question("q/0", "1+1", ("2",), "q")], template, tokenizer, 100)
+        assert (
+            list(prompt.token_ids)
+            == tokenizer.apply_chat_template([{"role": "user", "content": "1+1"}], add_generation_prompt=True).input_ids
+        )
+        assert prompt.token_ids.count(0) == 1
+        assert prompt.token_ids[-2] == 2
+
+    def test_stop_strings_that_are_special_tokens_go_by_their_id(self) -> None:
+        tokenizer = self.make([], [])
+        assert make_stops(("</answer>", "<|im_end|>", "</s>"), tokenizer) == ("</answer>", "<|im_end|>", "</s>", 2, 1)
+        assert make_stops((), tokenizer) == ()
+        assert "<|im_end|>" not in tokenizer.decode([34, 2], skip_special_tokens=True)
+        with pytest.raises(
+            ConfigError, match=r"rollout\.stop has 'a<\|im_end\|>', which can never be found: the special token '<\|im_end\|>'"
+        ):
+            make_stops(("a<|im_end|>",), tokenizer)

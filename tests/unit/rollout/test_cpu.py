@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import os
@@ -188,7 +189,10 @@ def test_every_prompt_of_a_draw_has_a_name_of_its_own_that_does_not_depend_on_th
 def test_parameters(vllm: Any) -> None:
     found = _parameters(77, SAMPLING)
     assert (found.n, found.max_tokens, found.temperature, found.top_p, found.top_k) == (4, 16, 0.7, 0.9, 20)
-    assert found.stop == ["</answer>"]
+    assert (found.stop, found.stop_token_ids) == (["</answer>"], [])
+    found = _parameters(77, dataclasses.replace(SAMPLING, stop=("</answer>", "<eos>", 1)))
+    assert (found.stop, found.stop_token_ids) == (["</answer>", "<eos>"], [1])
+    assert found.skip_special_tokens  # why a special token must go by its id
     assert found.include_stop_str_in_output
     assert (found.logprobs, found.flat_logprobs) == (0, True)
     assert found.seed == 77
