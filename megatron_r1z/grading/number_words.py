@@ -50,11 +50,13 @@ _PHRASE = re.compile(
 _GAP = r"(?P<gap>(?: |-|\\text ?\{ ?)*)"
 _CLOSE = r"(?![A-Za-z])(?P<close> ?\})?"
 _SCALED = re.compile(
-    rf"(?P<figure>(?<![\d./^_])\d{{1,30}}(?:\.\d{{1,30}})?|(?<=[\d}}])){_GAP}(?P<scale>{_SCALE})"
+    rf"(?P<figure>(?<![\d./^_])(?<!frac)(?<!frac )(?<!sqrt)\d{{1,30}}(?:\.\d{{1,30}})?|(?<=[\d}}])){_GAP}(?P<scale>{_SCALE})"
     rf"(?![ -](?:{_PART})){_CLOSE}",  # `5 hundred thousandths` is 500/1000 or 5/100000
     re.IGNORECASE,
 )
-_PARTED = re.compile(rf"(?<![\d.,/^_}}] )(?<![\d.,/^_}}])(?P<figure>\d{{1,30}}){_GAP}(?P<part>{_PART}){_CLOSE}", re.IGNORECASE)
+_PARTED = re.compile(
+    rf"(?<![\d.,/^_}}] )(?<![\d.,/^_}}])(?<!frac)(?<!frac )(?<!sqrt)(?P<figure>\d{{1,30}}){_GAP}(?P<part>{_PART}){_CLOSE}", re.IGNORECASE
+)
 _RAISED = re.compile(rf"(?<=\d){_GAP}(?P<power>{'|'.join(_POWERS)}){_CLOSE}(?! ?[A-Za-z\\])", re.IGNORECASE)
 
 

@@ -114,8 +114,8 @@ _IRREGULAR_PLURALS = frozenset("people men women children mice feet teeth geese 
 _FUNCTION_WORDS = frozenset(
     "or and nor not no if is are was were be been more less fewer most least than times minus plus over under about at above below between"
     " almost nearly approximately exactly only just even each every all both either neither some any few many several other others another"
-    " this that these those his hers its theirs yours ours us as thus yes versus across always perhaps besides towards unless whereas else left"
-    " remaining".split()
+    " this that these those his hers its theirs yours ours us as thus yes versus across always perhaps besides towards unless whereas else"
+    " left remaining".split()
 )
 """A closed class, as numerals are: words that name nothing."""
 _PREPOSITIONS = frozenset("of in on for from to with".split())
@@ -153,12 +153,13 @@ _POWER = r"(?:\^\{-?\d\})?"
 _FRACTION = rf"\\frac\{{(?:{_TEXT}{_POWER} ?)+\}}\{{(?:{_TEXT}{_POWER} ?)+\}}"
 _FURTHER = rf"(?: ?/ ?| per | ?\\cdot ?| )?(?:{_TEXT}|{_WORD}|[{_LETTERS}](?![A-Za-z])){_POWER}"
 _SUFFIX = re.compile(
-    rf"(?:(?<=[\w}})!%]) ?{_TEXT}{_POWER}|(?<=[\d}})!])(?={_TIGHT}){_WORD}{_POWER}|(?<=[\w}})!]) {_WORD}{_POWER})(?:{_FURTHER})*$"
+    rf"(?:(?<=[\w}})!%]) ?/? ?{_TEXT}{_POWER}|(?<=[\d}})!])(?={_TIGHT}){_WORD}{_POWER}|(?<=[\w}})!]) {_WORD}{_POWER})(?:{_FURTHER})*$"
     rf"|(?<=[\w}})!]) ?{_FRACTION}$|(?<=[\w}})!]) per {_WORD}$"
     rf"|(?<=[\d}})!]) [{_LETTERS}]{_POWER}(?:/[{_LETTERS}]{_POWER})?$"
     r"|(?<=\d)(?:k|c|m)?m/[sh](?:\^\{2\})?$"
 )
 _COUNTED = re.compile(r"(?<=[\d}]) [A-Za-z]{2,}(?: [A-Za-z]{2,}){0,4}$")
+_PHRASE = re.compile(r" [A-Za-z]{3,}(?: [A-Za-z]{2,})+")
 _DEGREES_OF = re.compile(r"(?<=[\d}])\\text\{degree\} ?(?:\\text\{ ?)?(?P<scale>[CF]|(?i:celsius|fahrenheit))\}?$")
 _ALONE = re.compile(_WORD)
 _CURRENCY = re.compile(r"(?P<sign>[+-]?) ?\\text\{(?P<name>dollar|euro|gbp|yen|rupee|cent)\} ?")
@@ -227,8 +228,8 @@ def _split_behind(text: str) -> tuple[str, Unit | None]:
         return text, None
     number = text[: match.start()].strip()
     unit = _parse_unit(match.group().strip(), _is_at_most_one(number))
-    if unit is None or not (unit.may_be_absent or r"\text" in match.group() or match.re is _SUFFIX):
-        return text, None
+    if unit is None or (match.re is _COUNTED and not (unit.may_be_absent or _PHRASE.fullmatch(match.group()))):
+        return text, None  # `5 abc` is a product
     return number, unit
 
 
@@ -354,7 +355,7 @@ def join_measures(text: str) -> str:
     units = [_lookup(name) for name in names]
     total, before = Fraction(0), None
     for match, unit in zip(measures, units, strict=True):
-        if unit is None or (before is not None and unit.bases != before.bases):
+        if unit is None or (before is not None and not is_same_measure(unit, before)):
             return text
         size = Fraction(match["figure"]) * unit.factor
         if before is not None and (unit.factor >= before.factor or size >= before.factor or total % before.factor):
