@@ -15,16 +15,19 @@ from megatron_r1z.grading.brackets import is_enclosed, split_outside
 
 _MARKS = r"(?:_\{(?:[^{}]|\{[^{}]*\})*\}|'|\^\{-1\})*"
 _CONSTANT = r"(?:[-+\d./%]|\\(?:frac|sqrt|pi|infty)(?![a-z])|[{}])+"
-_FUNCTION = rf"(?:[fghpqrFGHPQRSTVE]|\\(?:phi|varphi|psi|sigma|Phi)) ?{_MARKS}"
+_FUNCTION = rf"(?:[fghpqrFGHQRSTVE]|\\(?:phi|varphi|psi|sigma|Phi)){_MARKS}"
 _VALUE = rf"{_FUNCTION}\({_CONSTANT}(?:,{_CONSTANT})*\)"
-_CALL = rf"(?:{_VALUE}|{_FUNCTION}\({_VALUE}\)|(?:P|\\Pr ?)\((?:[^()]|\([^()]*\))*\)|E\[[^\[\]]*\])"
-_SHAPE = r"(?:m ?)?(?:\\(?:angle|triangle) ?|\\overline ?\{?|\|)?[A-Z]{2,4}[}|]?|\\angle ?(?:[A-Z]|\d)|\[[A-Z]{3,}\]|\\\|[A-Z]{2}\\\|"
+_CALL = rf"(?:{_VALUE}|{_FUNCTION}\({_VALUE}\)|(?:P|\\Pr)\((?:[^()]|\([^()]*\))*\)|E\[[^\[\]]*\])"
+_SHAPE = (
+    r"(?:m ?)?(?:\\(?:angle|triangle) ?)?[A-Z]{2,4}(?![A-Za-z])|(?:m ?)?\\angle ?(?:[A-Z]|\d)"
+    r"|\\overline ?\{[A-Z]{2}\}|\|[A-Z]{2}\||\\\|[A-Z]{2}\\\||\[[A-Z]{3,}\]"
+)
 _WORD = rf"(?:\\text\{{[^{{}}]*\}}|[A-Za-z]{{5,}}){_MARKS}"
-_LETTER = rf"(?:[A-Za-z]|\\[a-z]+ ?){_MARKS}(?:\([A-Za-z](?:,[a-z])*\))?"
-_KNOWN_LETTER = rf"(?:[A-Za-wA-W]|\\[a-z]+ ?){_MARKS}"
+_LETTER = rf"(?:[A-Za-z]|\\[a-z]+){_MARKS}(?:\([A-Za-z](?:,[a-z])*\))?"
+_KNOWN_LETTER = rf"(?:[A-Wa-w]|\\[a-z]+){_MARKS}"
 _TUPLE = r"\([a-z](?:,[a-z])+\)"
-_THING = rf"(?:{_CALL}|{_SHAPE}|{_WORD}|{_LETTER}|{_TUPLE}|\\frac\{{d[A-Za-z]\}}\{{d[A-Za-z]\}})"
-_KNOWN = rf"(?:{_CALL}|{_SHAPE}|{_WORD}|{_KNOWN_LETTER})"
+_THING = rf"(?>{_CALL}|{_SHAPE}|{_WORD}|{_LETTER}|{_TUPLE}|\\frac\{{d[A-Za-z]\}}\{{d[A-Za-z]\}})"
+_KNOWN = rf"(?>{_CALL}|{_SHAPE}|{_WORD}|{_KNOWN_LETTER})"
 _NAME = rf"(?:{_KNOWN}(?: ?[+-] ?{_KNOWN})+|{_KNOWN} ?/ ?{_KNOWN}|\\frac\{{{_KNOWN}\}}\{{{_KNOWN}\}}|{_THING}(?: ?: ?{_THING})*)"
 _NAMED = re.compile(rf"(?P<name>{_NAME}) ?(?:=|\\approx|\\in(?![a-z])) ?")
 _NAMED_BEHIND = re.compile(r"(?P<value>.*[^\s=]) ?= ?(?P<name>[A-Za-z])")
@@ -48,7 +51,19 @@ def split_name(text: str) -> tuple[str, str | None]:
     match = _NAMED_POINT.fullmatch(text)
     if match is not None and is_enclosed(match["point"], "(", ")"):
         return match["point"], match["name"]
-    return text, None
+    return _split_common_name(text) if text.count("=") > 1 else (text, None)
+
+
+def _split_common_name(text: str) -> tuple[str, str | None]:
+    """`x=1, x=2` as a set of values of `x`, which has no order."""
+    items = split_outside(text, ",")
+    if len(items) < 2:
+        return text, None
+    said = [split_name(item) for item in items]
+    names = {name for _, name in said}
+    if len(names) > 1 or None in names:
+        return text, None
+    return rf"\{{{','.join(value for value, _ in said)}\}}", names.pop()
 
 
 def split_chain(text: str) -> tuple[str, list[str]]:

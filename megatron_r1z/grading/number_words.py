@@ -47,7 +47,7 @@ _PHRASE = re.compile(
     rf"(?:[ -](?P<part>{_PART}))?(?!-?[A-Za-z])",
     re.IGNORECASE,
 )
-_GAP = r"(?P<gap>(?: |-|\\text ?\{ ?)*)"
+_GAP = r"(?P<gap>(?: |-|\\text ?\{)*)"
 _CLOSE = r"(?![A-Za-z])(?P<close> ?\})?"
 _SCALED = re.compile(
     rf"(?P<figure>(?<![\d./^_])(?<!frac)(?<!frac )(?<!sqrt)\d{{1,30}}(?:\.\d{{1,30}})?|(?<=[\d}}])){_GAP}(?P<scale>{_SCALE})"
@@ -129,11 +129,11 @@ def _closing(match: re.Match[str]) -> str:
 
 _COLLECTIVES = (
     "pair couple brace dozen score gross trio triple triplet quartet quintet double half halve quarter myriad lakh lac crore ream million"
-    " billion trillion quadrillion mil mln bn kilo mega giga tera milli micro nano hundredweight"
+    " billion trillion quadrillion googol mil mln bn kilo mega giga tera milli micro nano hundredweight"
 ).split()
 _OPERATIONS = (
-    "squared cubed factorial choose mod modulo modulus percent percentage pct basis mille permille fold time twice thrice inverse"
-    " reciprocal negative positive opposite conjugate doubled tripled halved"
+    "squared cubed factorial choose mod modulo modulus percent percentage pct basis mille permille fold time twice thrice doubled tripled"
+    " halved inverses reciprocals negatives positives opposites conjugates"
 ).split()
 _STEMS = frozenset([*_CARDINALS, *map(_ordinal, _CARDINALS), *_COLLECTIVES, *_OPERATIONS]) - {"zero"}
 

@@ -102,11 +102,10 @@ def both_signs(text: str) -> list[str]:
 
 
 def _list_or_records(items: list[str]) -> Parts:
-    r"""Values of different variables, `x=1, y=2`, as one record; `p=5,q=2;p=7,q=2` as a list of those; `x=1, x=2` as a set; else a list."""
+    r"""Values of different variables, `x=1, y=2`, as one record; `p=5,q=2;p=7,q=2` as a list of those; all else as a list."""
     records = read_records(items)
     if not records:
-        names = {split_name(item)[1] for item in items}
-        return Parts("list" if None in names or len(names) > 1 else "set", items)
+        return Parts("list", items)
     if len(records) == 1:
         return _record(records[0])
     return Parts("list", [",".join(map(str, in_order(record))) for record in records])

@@ -46,7 +46,7 @@ _SYSTEM = re.compile(
 )
 _PERCENT = r"(?:\\%|%|(?i:per[ -]?cent|pct\.?)(?![A-Za-z]))"
 _LABEL = re.compile(
-    r"\s*(?:\\text ?\{ ?\(?([A-J])[.)] ?\}|\(([A-J])\)(?= +[^\s+*/^-])|([A-J])[.)](?= ))(?: *[:.] )? *"
+    r"\s*(?:\\text ?\{ ?\(?([A-J])[.)] ?\}|\(([A-J])\)(?= *[:.] | +[^\s+*/^-])|([A-J])(?:[.)](?= )|:(?= [\d\\$-])))(?: *[:.] )? *"
     r"(?=[^\s,;=])(?!(?:\\text ?\{ ?)?(?:and|or)(?![a-z])|\\c[au]p)"
 )
 _LABELLED = re.compile(r"\\text\{\(([A-J])\)\}(?=.)")
@@ -58,6 +58,7 @@ _COMMANDS = _rules(
     (r"\\(?:mathbf|boldsymbol|bm|vec|mathit) ?\{? ?([A-Za-z])(?![A-Za-z]) ?\}?", r"\1"),
     (r"\\(?:math(?:rm|bf|it|sf)|text(?:bf|it|rm|sf|normal)|emph|[mh]box|operatorname)(?![a-z])", r"\\text"),
     (rf"\\text ?\{{ *({_FUNCTIONS}|e|i) *\}}", r" \1 "),
+    (r"\\text ?\{ *(\d+(?:\.\d+)?) *\}", r"\1"),
     (r"\\[dtc](frac|binom)(?![a-z])", r"\\\1"),
     (r"\\(le|ge|ne)(?:q|qslant)(?![a-z])", r"\\\1"),
     (r"\\lt(?![a-z])", "<"),
@@ -147,7 +148,7 @@ def normalise(text: str) -> str:
     if not text.isascii():
         text = _spell_unicode(text)
     text = join_figures(_SYSTEM.sub(_spell_system, _strip_markdown(text)))
-    text = spell_money(_apply(_COMMANDS, text))
+    text = _unwrap_text(spell_money(_apply(_COMMANDS, text)).strip())
     if (label := _LABEL.match(text)) and (content := _finish(text[label.end() :])):
         return rf"\text{{({label[label.lastindex or 0]})}}" + content
     return _finish(text)
@@ -175,12 +176,16 @@ def unwrap(text: str) -> str:
     text = re.sub(r"^(?:(?:=|\\approx|\\therefore)\s*)+|(?:\\|[.,:\s])+$", "", text.strip())
     while is_enclosed(text, "{", "}"):
         text = text[1:-1].strip()
-    if text.startswith(r"\text{") and is_enclosed(text[5:], "{", "}"):
-        return unwrap(text[6:-1])
+    if (content := _unwrap_text(text)) != text:
+        return unwrap(content)
     if option := _OPTION.fullmatch(text):
         return option.group().strip("()")[-1]
     folded = " ".join(text.casefold().split())
     return next((alias for pattern, alias in _ALIASES if pattern.fullmatch(folded)), text)
+
+
+def _unwrap_text(text: str) -> str:
+    return text[6:-1].strip() if text.startswith(r"\text{") and is_enclosed(text[5:], "{", "}") else text
 
 
 def _apply(rules: tuple[Rule, ...], text: str) -> str:

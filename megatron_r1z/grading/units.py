@@ -298,20 +298,23 @@ def _counted(words: Sequence[tuple[str, int]], is_singular: bool) -> Unit:
     """A phrase of other words as a unit of its own: a thing counted (`red apples`, `cups of tea`), or what must not be dropped."""
     phrase = [word.lower() for word, _ in words]
     length = next((index for index, word in enumerate(phrase) if word in _PREPOSITIONS), len(phrase))
-    head = phrase[length - 1] if length else ""
-    is_noun = _is_plural(head) or (is_singular and _is_singular(head)) or (length > 0 and _lookup(words[length - 1][0]) is not None)
+    head = words[length - 1][0] if length else ""
+    is_noun = _is_plural(head) or (is_singular and _is_word(head)) or _lookup(head) is not None
     names_things = is_noun and not any(word in _FUNCTION_WORDS or is_numeral(word) for word in phrase if word not in _ARTICLES)
     spelled = " ".join([*phrase[:-1], phrase[-1].removesuffix("s") or phrase[-1]])
     return Unit(((f"'{spelled}'", 1),), Fraction(1), names_things)
 
 
 def _is_plural(word: str) -> bool:
-    return (len(word) > 2 and word.endswith("s") and not word.endswith("ss")) or word in _IRREGULAR_PLURALS
+    """Whether it looks like one: `apples`, `mice`, `CDs`."""
+    if word.lower() in _IRREGULAR_PLURALS or (word[:-1].isupper() and word.endswith("s")):
+        return True
+    return _is_word(word) and word.endswith("s") and not word.endswith("ss")
 
 
-def _is_singular(word: str) -> bool:
-    """A word that is long enough and can be spoken, unlike the abbreviations of scales."""
-    return len(word) > 2 and not _VOWELS.isdisjoint(word)
+def _is_word(word: str) -> bool:
+    """Whether it is long enough and can be spoken, unlike the abbreviations of scales."""
+    return len(word) > 2 and not _VOWELS.isdisjoint(word.lower())
 
 
 _VOWELS = frozenset("aeiouy")
@@ -333,11 +336,9 @@ def _lookup(word: str) -> Unit | None:
     return None if found is None else Unit(((found[0], 1),), found[1])
 
 
-_MEASURE = re.compile(r"(?P<figure>\d+(?:\.\d+)?) ?(?P<unit>\\text\{[^{}\d]*\}|[A-Za-z]+)")
-_MEASURES = re.compile(
-    rf"{_MEASURE.pattern}(?: ?(?:,|and |\\text\{{ ?and ?\}})? ?(?:\d+(?:\.\d+)?) ?(?:\\text\{{[^{{}}\d]*\}}|[A-Za-z]+))+"
-)
-_JOINT = re.compile(r"[ ,]*(?:and)?[ ,]*$")
+_MEASURE = re.compile(r"(?P<figure>\d+(?:\.\d+)?) ?(?P<unit>\\text\{(?P<text>[^{}\d]*)\}|(?P<word>[A-Za-z]+))(?:,|and )?[ ,]*")
+MAX_MEASURES = 4
+"""Units in one quantity: `2 days 3 hours 4 minutes 5 seconds`."""
 
 
 def join_measures(text: str) -> str:
@@ -348,11 +349,14 @@ def join_measures(text: str) -> str:
     >>> join_measures("3 m 50 cm"), join_measures(r"1\text{ hour and }30\text{ minutes}"), join_measures("3 m 150 cm")
     ('350 cm', '90\\text{ minutes}', '3 m 150 cm')
     """
-    if _MEASURES.fullmatch(text) is None:
+    measures: list[re.Match[str]] = []
+    position = 0
+    while len(measures) < MAX_MEASURES and (match := _MEASURE.match(text, position)):
+        measures.append(match)
+        position = match.end()
+    if len(measures) < 2 or position < len(text):
         return text
-    measures = list(_MEASURE.finditer(text))
-    names = [_JOINT.sub("", match["unit"].removeprefix(r"\text{").rstrip("}")).strip() for match in measures]
-    units = [_lookup(name) for name in names]
+    units = [_lookup(match["word"] or match["text"].strip(" ,").removesuffix("and").strip(" ,.")) for match in measures]
     total, before = Fraction(0), None
     for match, unit in zip(measures, units, strict=True):
         if unit is None or (before is not None and not is_same_measure(unit, before)):
@@ -363,4 +367,5 @@ def join_measures(text: str) -> str:
         total, before = total + size, unit
     assert before is not None, "a match has measures"
     figure = total / before.factor
-    return f"{figure}{' ' if measures[-1]['unit'][0] != chr(92) else ''}{measures[-1]['unit']}" if figure.denominator == 1 else text
+    gap = " " if measures[-1]["word"] else ""
+    return f"{figure}{gap}{measures[-1]['unit']}" if figure.denominator == 1 else text

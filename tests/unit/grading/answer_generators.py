@@ -193,7 +193,7 @@ FACTORS = {
 OPAQUE = (
     "K M B k bn pairs couples half quarter per~hundred per~thousand per~mille or~more times more less plus pairs~of~shoes ones"
     "  factorial doubled tripled negatives percentage~points basis~points fold choose~two mod~three pair brace squared~plus"
-    " to~the~third twos minus~one over~two th nd times~ten junk approximately in~base~two below~zero myriads trios triples"
+    " to~the~third twos minus~one over~two th nd times~ten ths approximately in~base~two below~zero myriads trios triples"
 ).split()
 """Words that change a value in a way that is not read, or that are no nouns at all; they must not be dropped."""
 
