@@ -115,7 +115,19 @@ def _compare(answer: str, reference: str, depth: int) -> Equality:
         return _compare_single(answer, reference)
     if (left is None or right is None) and symbolic.is_beyond_grammar(answer) and symbolic.is_beyond_grammar(reference):
         return _compare_values(answer, reference)  # a matrix against a product with one
-    left, right = left or Parts("set", [answer]), right or Parts("set", [reference])
+    opened = _without_set_of_one(answer, left, right), _without_set_of_one(reference, right, left)
+    if opened != (answer, reference) and depth > 0:
+        return _compare(*opened, depth - 1)
+    return _compare_composites(left or Parts("set", [answer]), right or Parts("set", [reference]), depth)
+
+
+def _without_set_of_one(whole: str, parts: Parts | None, other: Parts | None) -> str:
+    r"""The element of a set of one where the other side is a composite but no set: `\{(1,2)\}` for `(1,2)`; else the text as it is."""
+    is_set_of_one = parts is not None and parts.kind == "set" and len(parts.items) == 1
+    return parts.items[0] if parts and is_set_of_one and other is not None and other.kind not in ("set", "list") else whole
+
+
+def _compare_composites(left: Parts, right: Parts, depth: int) -> Equality:
     if (left.kind == "named") != (right.kind == "named"):
         left, right = without_names(left), without_names(right)
         left, right = (Parts("()", side.items) if side.kind == "list" else side for side in (left, right))

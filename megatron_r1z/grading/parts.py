@@ -102,10 +102,12 @@ def both_signs(text: str) -> list[str]:
 
 
 def _list_or_records(items: list[str]) -> Parts:
-    r"""Values of different variables, `x=1, y=2`, as one record; `p=5,q=2;p=7,q=2` as a list of those; all else as a list."""
+    r"""Values of different variables, `x=1, y=2`, as one record; `p=5,q=2;p=7,q=2` as a list of those; else a list."""
     records = read_records(items)
     if not records:
-        return Parts("list", items)
+        names = [split_name(item)[1] for item in items]
+        is_repeated = None not in names and len(set(names)) < len(names)  # no tuple names a place twice
+        return Parts("set" if is_repeated else "list", items)
     if len(records) == 1:
         return _record(records[0])
     return Parts("list", [",".join(map(str, in_order(record))) for record in records])

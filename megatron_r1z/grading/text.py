@@ -185,7 +185,9 @@ def unwrap(text: str) -> str:
 
 
 def _unwrap_text(text: str) -> str:
-    return text[6:-1].strip() if text.startswith(r"\text{") and is_enclosed(text[5:], "{", "}") else text
+    r"""The content where the whole text is one `\text{...}`, full stops aside."""
+    stripped = text.rstrip(". ")
+    return stripped[6:-1].strip() if stripped.startswith(r"\text{") and is_enclosed(stripped[5:], "{", "}") else text
 
 
 def _apply(rules: tuple[Rule, ...], text: str) -> str:
@@ -225,7 +227,8 @@ def _spell_system(match: re.Match[str]) -> str:
 def _spell_time(match: re.Match[str]) -> str:
     if not (match["colon"] or match["dot"] or match["gap"]):
         return match.group()  # `3am` may be a product
-    return rf"{match['time']}\text{{{match['half'].lower()}m}}"
+    closing = "}" if match.group().endswith("}") and "{" not in match["gap"] else ""
+    return rf"{match['time']}\text{{{match['half'].lower()}m}}{closing}"
 
 
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '.-])*")

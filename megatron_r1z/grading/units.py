@@ -300,14 +300,21 @@ def _counted(words: Sequence[tuple[str, int]], is_singular: bool) -> Unit:
     length = next((index for index, word in enumerate(phrase) if word in _PREPOSITIONS), len(phrase))
     head = words[length - 1][0] if length else ""
     is_noun = _is_plural(head) or (is_singular and _is_word(head)) or _lookup(head) is not None
-    names_things = is_noun and not any(word in _FUNCTION_WORDS or is_numeral(word) for word in phrase if word not in _ARTICLES)
+    others = [word for word in phrase if word not in _ARTICLES and word not in _PREPOSITIONS]
+    names_things = is_noun and all(_may_name(word) for word in others)
     spelled = " ".join([*phrase[:-1], phrase[-1].removesuffix("s") or phrase[-1]])
     return Unit(((f"'{spelled}'", 1),), Fraction(1), names_things)
 
 
+def _may_name(word: str) -> bool:
+    """Whether a word in small letters can be part of what is counted: neither a numeral nor a function word, nor one letter such as `k`."""
+    is_known = _lookup(word) is not None or word.endswith("s")
+    return not (word in _FUNCTION_WORDS or is_numeral(word)) and len(word) > 1 and (is_known or _is_word(word))
+
+
 def _is_plural(word: str) -> bool:
     """Whether it looks like one: `apples`, `mice`, `CDs`."""
-    if word.lower() in _IRREGULAR_PLURALS or (word[:-1].isupper() and word.endswith("s")):
+    if word.lower() in _IRREGULAR_PLURALS or (len(word) > 2 and word[:-1].isupper() and word.endswith("s")):
         return True
     return _is_word(word) and word.endswith("s") and not word.endswith("ss")
 

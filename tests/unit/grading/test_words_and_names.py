@@ -7,6 +7,15 @@ import pytest
 from megatron_r1z.grading.equality import Equality, compare
 
 EQUAL: dict[str, list[tuple[str, str]]] = {
+    "kinds in one another": [
+        (r"(1{,}000\text{ m}, 5\%)", "(1000, 0.05)"),
+        (r"\{(1{,}000, 2)\}", "(1000,2)"),
+        (r"\textbf{(B)}\ \$12.50", "12.5"),
+        (r"S:T=1{,}000:2{,}000", "1:2"),
+        (r"\text{Total}=\$1{,}000", "1000"),
+        (r"\text{two million dollars}", r"\$2{,}000{,}000"),
+        (r"\{\$5,\$6\}", "5,6"),
+    ],
     "figures": [
         ("(1{,}000,2{,}000)", "(1000,2000)"),
         (r"32,\! 349", "32349"),
@@ -381,6 +390,20 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
 }
 
 DIFFERENT: dict[str, list[tuple[str, str]]] = {
+    "kinds in one another": [
+        (r"(5\%,2)", r"(5^\circ,2)"),
+        (r"x=5\text{ dozen}", "x=5"),
+        (r"(5\text{ dozen},2)", "(5,2)"),
+        (r"m+n=3\text{ tenths}", "3"),
+        (r"\textbf{(C)}\ 5\text{ dozen}", "5"),
+        (r"5\text{ crore rupees}", "5 rupees"),
+        (r"5\text{K apples}", "5"),
+        (r"5\text{ M dollars}", "5"),
+        (r"5\text{ Ks}", "5"),
+        ("x=1,y=2,x=3", "(1,2,3)"),
+        ("2x=7,3y=2", "(7,2)"),
+        ("6 feet 2 inches", "8"),
+    ],
     "figures": [
         ("(1{,}000,2)", "(1,0,2)"),
         ("0{.}5", "5"),
