@@ -5,9 +5,13 @@
 
   strict, our own rules (docs/grading.md):
     equality     the order in which the following are asked
-    text         the normal form of an answer; words, and values with a name
-    numbers      decimals, fractions, percentages, numerals of a base, clock times, number words
-    units        units split off and compared
+    text         the normal form of an answer; words, options
+    figures      a number with its thousands as one token
+    money        currencies in one spelling
+    number_words words that are numbers or change one: `million`, `tenths`, `squared`
+    names        what stands before an equation sign; records such as `x=1, y=2`
+    numbers      decimals, fractions, percentages, numerals of a base, clock times
+    units        units and things counted, split off and compared
     brackets     what belongs together, where a list can be cut
     parts        lists, sets, tuples, matrices, ratios taken apart
     relations    equations and inequalities, intervals and unions

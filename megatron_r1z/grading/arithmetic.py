@@ -251,6 +251,11 @@ class _Evaluation:
             return Fraction(math.comb(int(top), int(bottom)))
         return self.context.binomial(self._inexact(top), self._inexact(bottom))
 
+    def modulo(self, value: Value, modulus: Value) -> Value:
+        if any(not isinstance(part, Fraction) or part.denominator != 1 for part in (value, modulus)) or modulus == 0:
+            raise UndefinedError
+        return value % modulus
+
     def absolute(self, value: Value) -> Value:
         return abs(value)
 
@@ -280,7 +285,7 @@ class _Evaluation:
 
 
 _NAMES_IN_MPMATH = {f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()}
-_EXACT = "add multiply negate invert fraction power root factorial double_factorial binomial floor ceil degree exp log lg"
+_EXACT = "add multiply negate invert fraction power root factorial double_factorial binomial floor ceil degree exp log lg modulo"
 _OPERATORS: dict[str, Callable[..., Value]] = {
     "abs": _Evaluation.absolute,
     **{name: getattr(_Evaluation, name) for name in _EXACT.split()},

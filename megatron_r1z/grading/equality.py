@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from megatron_r1z.grading import numbers, relations, symbolic, text, units, values
+from megatron_r1z.grading import names, numbers, relations, symbolic, text, units, values
 from megatron_r1z.grading.answers import extract_boxed
 from megatron_r1z.grading.brackets import nesting
 from megatron_r1z.grading.expression import parse
@@ -60,7 +60,7 @@ def is_equal(answer: str, reference: str) -> bool:
 def compare(answer: str, reference: str) -> Equality:
     """The full comparison. Integrals, sums and limits go to sympy and may hang: run it in a `WorkerPool`."""
     settled = settle(answer, reference)
-    return settled if settled is not None else _compare(_canonical(answer), _canonical(reference), MAX_DEPTH)
+    return settled if settled is not None else _compare_options(_canonical(answer), _canonical(reference))
 
 
 def settle(answer: str, reference: str) -> Equality | None:
@@ -90,6 +90,16 @@ def _is_nothing(normal: str) -> bool:
     return not units.split_unit(normal)[0]
 
 
+def _compare_options(answer: str, reference: str) -> Equality:
+    r"""An option is told by its letter, by its text or by both, `\textbf{(C)}\ 5`; a letter on both sides must be the same."""
+    (letter, said), (expected_letter, expected) = text.split_label(answer), text.split_label(reference)
+    if letter is not None and expected_letter is not None and letter != expected_letter:
+        return Equality.DIFFERENT
+    if (letter is None) != (expected_letter is None) and (letter or answer) == (expected_letter or reference):
+        return Equality.EQUAL
+    return _compare(said, expected, MAX_DEPTH)
+
+
 def _compare(answer: str, reference: str, depth: int) -> Equality:
     """Compare two texts in normal form."""
     answer, reference = text.unwrap(answer), text.unwrap(reference)
@@ -97,7 +107,7 @@ def _compare(answer: str, reference: str, depth: int) -> Equality:
         return Equality.EQUAL
     if not answer or not reference:
         return _equality(_is_nothing(answer or reference))
-    answer, reference = _without_names(answer, reference)
+    answer, reference = _without_names(_end_of_chain(answer), _end_of_chain(reference))
     if (same_region := relations.is_same_region(answer, reference)) is not None:
         return _equality(same_region)
     left, right = split_parts(answer), split_parts(reference)
@@ -105,10 +115,22 @@ def _compare(answer: str, reference: str, depth: int) -> Equality:
         return _compare_single(answer, reference)
     if (left is None or right is None) and symbolic.is_beyond_grammar(answer) and symbolic.is_beyond_grammar(reference):
         return _compare_values(answer, reference)  # a matrix against a product with one
-    left, right = left or Parts("set", [answer]), right or Parts("set", [reference])
+    opened = _without_set_of_one(answer, left, right), _without_set_of_one(reference, right, left)
+    if opened != (answer, reference) and depth > 0:
+        return _compare(*opened, depth - 1)
+    return _compare_composites(left or Parts("set", [answer]), right or Parts("set", [reference]), depth)
+
+
+def _without_set_of_one(whole: str, parts: Parts | None, other: Parts | None) -> str:
+    r"""The element of a set of one where the other side is a composite but no set: `\{(1,2)\}` for `(1,2)`; else the text as it is."""
+    is_set_of_one = parts is not None and parts.kind == "set" and len(parts.items) == 1
+    return parts.items[0] if parts and is_set_of_one and other is not None and other.kind not in ("set", "list") else whole
+
+
+def _compare_composites(left: Parts, right: Parts, depth: int) -> Equality:
     if (left.kind == "named") != (right.kind == "named"):
         left, right = without_names(left), without_names(right)
-        left, right = (Parts("()", side.items) if side.kind in ("list", "set") else side for side in (left, right))
+        left, right = (Parts("()", side.items) if side.kind == "list" else side for side in (left, right))
     left, right = as_one_kind(left, right)
     if left.kind != right.kind or len(left.items) != len(right.items):
         return Equality.DIFFERENT
@@ -119,10 +141,26 @@ def _compare(answer: str, reference: str, depth: int) -> Equality:
 
 def _without_names(answer: str, reference: str) -> tuple[str, str]:
     """Drop `x=` where both have the same name, or only one side has a name and the other is no relation; else both stay equations."""
-    (said, name), (expected, expected_name) = text.split_name(answer), text.split_name(reference)
-    if name == expected_name or (name is None and not text.is_relation(said)) or (expected_name is None and not text.is_relation(expected)):
+    (said, name), (expected, expected_name) = names.split_name(answer), names.split_name(reference)
+    if (
+        name == expected_name
+        or (name is None and not names.is_relation(said))
+        or (expected_name is None and not names.is_relation(expected))
+    ):
         return text.unwrap(said), text.unwrap(expected)
     return answer, reference
+
+
+def _end_of_chain(relation: str) -> str:
+    r"""The last side of a chain whose sides are equal, `\frac{3}{5}=0.6`, behind its name, `x=1+1=2`; without a name, constants."""
+    if "=" not in relation and r"\approx" not in relation:
+        return relation
+    name, sides = names.split_chain(relation)
+    if len(sides) < 2 or not all(sides) or any(names.is_relation(side) for side in sides):
+        return relation
+    if not name and any(values.constant(units.split_unit(side)[0].rstrip("%")) is None for side in sides):
+        return relation
+    return name + sides[-1] if all(_compare_quantities(side, sides[-1]) is Equality.EQUAL for side in sides) else relation
 
 
 def _compare_parts(left: Parts, right: Parts, depth: int) -> Equality:
@@ -147,30 +185,31 @@ def _compare_single(answer: str, reference: str) -> Equality:
         words = text.spell_words(answer)
         if words is not None and words == text.spell_words(reference):
             return Equality.EQUAL
-    if text.is_relation(answer) or text.is_relation(reference):
+    if names.is_relation(answer) or names.is_relation(reference):
         return _compare_relations(answer, reference)
     return _compare_quantities(ratio_as_fraction(answer), ratio_as_fraction(reference))
 
 
 def _compare_relations(answer: str, reference: str) -> Equality:
-    if not (text.is_relation(answer) and text.is_relation(reference)):
-        said, expected = relations.value_of_chain(answer), relations.value_of_chain(reference)
-        is_settled = text.is_relation(said) or text.is_relation(expected)
-        return Equality.DIFFERENT if is_settled else _compare_quantities(said, expected)
+    if not (names.is_relation(answer) and names.is_relation(reference)):
+        return Equality.DIFFERENT
     same = relations.is_same_relation(answer, reference)
     return Equality.UNPARSABLE if same is None else _equality(same)
 
 
 def _compare_quantities(answer: str, reference: str) -> Equality:
-    """Numbers or expressions with or without a unit."""
+    """Numbers or expressions with or without a unit; a percentage has none and measures nothing else."""
     (left, unit), (right, expected_unit) = units.split_unit(answer), units.split_unit(reference)
     if unit is not None and expected_unit is not None:
-        if unit.bases != expected_unit.bases:
+        if not units.is_same_measure(unit, expected_unit):
             return Equality.DIFFERENT
         if unit.factor != expected_unit.factor:
             left, right = units.in_base(left, unit), units.in_base(right, expected_unit)
-    elif (unit is None) != (expected_unit is None) and _is_same_value(answer, reference) is True:
-        return Equality.EQUAL  # `5 m` as the product that `5m` is
+    elif (only := unit or expected_unit) is not None:
+        if _is_same_value(answer, reference) is True:
+            return Equality.EQUAL  # `5 m` as the product that `5m` is
+        if not only.may_be_absent or (right if unit else left).endswith("%"):
+            return Equality.DIFFERENT
     if not left or not right:
         return _equality(left == right)
     return _compare_values(left, right)

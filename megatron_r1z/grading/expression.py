@@ -29,8 +29,9 @@ _CLOSING = {"(": ")", "[": "]", "{": "}", r"\lfloor": r"\rfloor", r"\lceil": r"\
 _GROUP_OPERATORS = {r"\lfloor": "floor", r"\lceil": "ceil", "|": "abs"}
 _TIMES = frozenset(["*", r"\cdot", r"\times"])
 _DIVIDE = frozenset(["/", r"\div"])
+_MODULO = r"\bmod"
 _DEGREE = r"\text{degree}"
-_STARTS_NO_FACTOR = frozenset("+-*/^_!)]},") | frozenset([r"\cdot", r"\times", r"\div", _DEGREE, r"\rfloor", r"\rceil"])
+_STARTS_NO_FACTOR = frozenset("+-*/^_!)]},") | frozenset([r"\cdot", r"\times", r"\div", _MODULO, _DEGREE, r"\rfloor", r"\rceil"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,9 @@ class _Parser:
 
     def _sum(self) -> Node:
         terms = [self._signed(self._product)]
+        if self._peek() == _MODULO and terms[0].op != "negate":  # beside a sum or a sign it is not clear what it divides
+            self._next()
+            return Node("modulo", (terms[0], self._product()))
         while self._peek() in ("+", "-"):
             terms.append(self._signed(self._product))
         return terms[0] if len(terms) == 1 else Node("add", tuple(terms))

@@ -1,4 +1,4 @@
-r"""Numbers, read and compared exactly and without algebra: decimals, fractions, percentages, numerals of a base, clock times, number words.
+r"""Numbers, read and compared exactly and without algebra: decimals, fractions, percentages, numerals of a base, clock times.
 
 Standard library only.
 """
@@ -142,69 +142,3 @@ def _minutes(match: re.Match[str]) -> tuple[int, bool]:
     if match["half"]:
         return (hour % 12 + 12 * (match["half"] == "pm")) * 60 + minute, True
     return hour * 60 + minute, hour > 12 or hour == 0
-
-
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_SMALL = {word: value for value, word in enumerate(_UNITS)} | {word: 10 * value for value, word in enumerate(_TENS, 2)}
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
-_PARTS |= {f"{word}s": value for word, value in _PARTS.items() if not word.startswith("hal")}
-_WORD = "|".join([*_SMALL, *_SCALES])
-_PHRASE = re.compile(
-    rf"(?<![A-Za-z\\])(?P<sign>(?:minus|negative) )?"
-    rf"(?P<words>(?:{'|'.join(_SMALL)})(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and )(?:{_WORD}))*)"
-    rf"(?:[ -](?P<part>{'|'.join(_PARTS)}))?(?!-?[A-Za-z])",
-    re.IGNORECASE,
-)
-_SCALED = re.compile(
-    rf"(?P<figure>\d{{1,30}}(?:\.\d{{1,30}})?)(?P<gap>(?: |-|\\text ?\{{ ?)*)(?P<scale>{'|'.join(_SCALES)})s?(?![A-Za-z])(?P<close> ?\}})?",
-    re.IGNORECASE,
-)
-
-
-def replace_number_words(text: str) -> str:
-    r"""Number words as figures: `five` as `5`, `3 million` as `3000000`, `two thirds` as `\frac{2}{3}`; what makes no sense is left alone.
-
-    >>> replace_number_words("three hundred and five apples"), replace_number_words("five and six")
-    ('305 apples', '5 and 6')
-    """
-    return _SCALED.sub(_scaled_figure, _PHRASE.sub(_figure_of_phrase, text))
-
-
-def _figure_of_phrase(match: re.Match[str]) -> str:
-    value = _value_of_words(re.findall(r"[a-z]+", match["words"].lower()))
-    part = (match["part"] or "").lower()
-    if value is None or (part and (value == 1) == part.endswith("s")):  # `twenty fifth` is no fraction
-        return match.group()
-    sign = "-" if match["sign"] else ""
-    return rf"{sign}\frac{{{value}}}{{{_PARTS[part]}}}" if part else f"{sign}{value}"
-
-
-def _value_of_words(words: list[str]) -> int | None:
-    """The number, or None where the order of the words is none of English (`five six`, `ten twenty`)."""
-    total, current, room = 0, 0, 10**15
-    for word in words:
-        if word == "and":
-            continue
-        if word in _SMALL:
-            room_here = 1 if current == 0 else 100 if current % 100 == 0 else 10 if current % 10 == 0 and current % 100 >= 20 else 0
-            if current and _SMALL[word] >= room_here:
-                return None
-            current += _SMALL[word]
-        elif _SCALES[word] in (100, 12):
-            current = max(current, 1) * _SCALES[word]
-        elif _SCALES[word] < room:
-            room = _SCALES[word]
-            total, current = total + max(current, 1) * room, 0
-        else:
-            return None
-    return total + current
-
-
-def _scaled_figure(match: re.Match[str]) -> str:
-    value = Fraction(match["figure"]) * _SCALES[match["scale"].lower()]
-    close = "" if "{" in match["gap"] else match["close"] or ""
-    return f"{value}{close}" if value.denominator == 1 else match.group()

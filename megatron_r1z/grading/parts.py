@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_r1z.grading.brackets import is_enclosed, split_outside
-from megatron_r1z.grading.text import split_name
+from megatron_r1z.grading.names import Assignment, in_order, read_records, split_name
 
 _MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).)*)\\end\{pmatrix\}", re.DOTALL)
 _UNORDERED = ("list", "set", "union", "named")
@@ -43,7 +43,9 @@ def split_parts(text: str) -> Parts | None:
     if len(items := split_outside(text, r"\cup")) > 1:
         return _union(items)
     if len(items := [variant for item in split_outside(text, ",") for variant in both_signs(item)]) > 1:
-        return Parts("named" if _have_own_names(items) else "list", items)
+        return _list_or_records(items)
+    if len(records := read_records([text])) == 1:
+        return _record(records[0])
     if is_enclosed(text, r"\{", "}"):
         return Parts("set", _elements(text))
     for opening, closing in ("()", "[]", "(]", "[)"):
@@ -64,7 +66,7 @@ def as_one_kind(left: Parts, right: Parts) -> tuple[Parts, Parts]:
 
 
 def without_names(parts: Parts) -> Parts:
-    """Values with names as a tuple of the values."""
+    """Values with names as a tuple of the values, in the order of the names."""
     return Parts("()", [split_name(item)[0] for item in parts.items]) if parts.kind == "named" else parts
 
 
@@ -99,7 +101,17 @@ def both_signs(text: str) -> list[str]:
     return [text.replace(r"\pm", sign).replace(f"{sign} ", sign) for sign in "+-"]
 
 
-def _have_own_names(items: list[str]) -> bool:
-    """Whether each is a value of another variable: `x=1, y=2`, but not `x=1, x=2` or `x_1=1, x_2=2`."""
-    names = [split_name(item)[1] for item in items]
-    return None not in names and len({name.partition("_")[0] for name in names if name}) == len(names)
+def _list_or_records(items: list[str]) -> Parts:
+    r"""Values of different variables, `x=1, y=2`, as one record; `p=5,q=2;p=7,q=2` as a list of those; else a list."""
+    records = read_records(items)
+    if not records:
+        names = [split_name(item)[1] for item in items]
+        is_repeated = None not in names and len(set(names)) < len(names)  # no tuple names a place twice
+        return Parts("set" if is_repeated else "list", items)
+    if len(records) == 1:
+        return _record(records[0])
+    return Parts("list", [",".join(map(str, in_order(record))) for record in records])
+
+
+def _record(record: Sequence[Assignment]) -> Parts:
+    return Parts("named", [str(assignment) for assignment in in_order(record)])

@@ -25,6 +25,7 @@ _FLIPPED = {">": "<", r"\ge": r"\le"}
 _SET_BUILDER = re.compile(r"\\\{ ?([A-Za-z])(?:\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|\||:) ?(?P<condition>.*?)\\?\}")
 _MEMBER = re.compile(r"(?P<name>[A-Za-z]) ?\\in(?![a-z]) ?(?P<region>.*)")
 _REALS = re.compile(r"\\mathbb ?\{?R\}?")
+_FUNCTION_VALUE = re.compile(r"(?<![A-Za-z\\])([fghFGH])\(([a-z])\)")
 _LOOKS_LIKE_REGION = re.compile(r"[<>]|\\(?:le|ge|ne|in|cup|setminus|mathbb|mid)(?![a-z])")
 
 
@@ -52,7 +53,7 @@ def is_same_region(left: str, right: str) -> bool | None:
     if not (_LOOKS_LIKE_REGION.search(left) or _LOOKS_LIKE_REGION.search(right)):
         return None
     try:
-        first, second = _read(left), _read(right)
+        first, second = (_read(_FUNCTION_VALUE.sub(r"\1_{\2}", side)) for side in (left, right))
     except arithmetic.TooLargeError:
         return None
     if first is None or second is None:
@@ -60,16 +61,6 @@ def is_same_region(left: str, right: str) -> bool | None:
     if first.name and second.name and first.name != second.name:
         return False
     return len(first.pieces) == len(second.pieces) and all(map(_is_same_piece, first.pieces, second.pieces))
-
-
-def value_of_chain(text: str) -> str:
-    r"""The last side of a true equation between constants, `\frac{3}{5}=0.6` or `x=1+1=2`; anything else as it is."""
-    split = _split(text)
-    if split is None or set(split[1]) != {"="}:
-        return text
-    sides = split[0][1:] if len(split[0]) > 2 and len(split[0][0]) == 1 and split[0][0].isalpha() else split[0]
-    is_true = all(values.constant(side) is not None and values.is_same(side, sides[-1]) for side in sides)
-    return sides[-1] if is_true else text
 
 
 def is_same_relation(left: str, right: str) -> bool | None:

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from megatron_r1z.grading.brackets import is_enclosed, replace_calls
-from megatron_r1z.grading.numbers import replace_number_words, spell_repeating
+from megatron_r1z.grading.figures import join_figures
+from megatron_r1z.grading.money import spell_money
+from megatron_r1z.grading.number_words import replace_number_words
+from megatron_r1z.grading.numbers import spell_repeating
+from megatron_r1z.grading.units import join_measures
 
 Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
@@ -28,8 +32,6 @@ _VULGAR = re.compile("[¼½¾⅐-⅞]")
 
 _NOT_AFTER_WORD, _NOT_BEFORE_WORD = r"(?<![A-Za-z\\])", r"(?![A-Za-z])"
 _FUNCTIONS = "pi|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|lg|exp"
-_CURRENCIES = {r"\$": "dollar", "$": "dollar", "€": "euro", "£": "gbp", "¥": "yen", "₹": "rupee", "¢": "cent"}
-_FIGURE = r"\d+(?:[.,]\d+)*(?: (?:hundred|thousand|million|billion|trillion)(?![A-Za-z]))?"
 
 
 def _rules(*rules: tuple[str, str]) -> tuple[Rule, ...]:
@@ -37,20 +39,26 @@ def _rules(*rules: tuple[str, str]) -> tuple[Rule, ...]:
 
 
 _MARKDOWN = tuple(re.compile(rf"\s*{mark}(?!\s)((?:(?!{mark}).)+){mark}\s*", re.DOTALL) for mark in (r"\*\*", "__", r"\*", "`"))
-_MONEY: tuple[Rule, ...] = (
-    (re.compile(r"\\text ?\{ ?(\\?\$|[€£¥₹¢]) ?\}"), r"\1"),
-    (re.compile(rf"(\\?\$|[€£¥₹¢]) ?({_FIGURE})"), lambda match: rf"{match[2]}\text{{{_CURRENCIES[match[1]]}}}"),
-    (re.compile(r"(?<=\d) ?(\\?\$|[€£¥₹¢])"), lambda match: rf"\text{{{_CURRENCIES[match[1]]}}}"),
+_SYSTEM = re.compile(
+    r"(?:\\left ?\\\{ ?|\\\{ ?)?\\begin\{(?P<name>[d]?cases|aligned|array|gathered)\}(?:\{[lcr|@ ]*\})?(?P<body>(?:(?!\\begin).)*)"
+    r"\\end\{(?P=name)\}(?: ?\\right ?\.)?",
+    re.DOTALL,
 )
+_PERCENT = r"(?:\\%|%|(?i:per[ -]?cent|pct\.?)(?![A-Za-z]))"
+_LABEL = re.compile(
+    r"\s*(?:\\text ?\{ ?\(?([A-J])[.)] ?\}|\(([A-J])\)(?= *[:.] | +[^\s+*/^-])|([A-J])(?:[.)](?= )|:(?= [\d\\$-])))(?: *[:.] )? *"
+    r"(?=[^\s,;=])(?!(?:\\text ?\{ ?)?(?:and|or)(?![a-z])|\\c[au]p)"
+)
+_LABELLED = re.compile(r"\\text\{\(([A-J])\)\}(?=.)")
 _COMMANDS = _rules(
-    # Spacing and delimiters that carry no meaning; `,\!` and `{,}` group thousands.
-    (r"(?:,\\!|\{,\})(?=\d{3})", ","),
-    (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-z])|\\!|\\(?:displaystyle|limits)(?![a-z])|(?<!\\)\\[()\[\]]|\\?\$", ""),
-    (r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-z])|~|\s+", " "),
+    # Spacing, boxes and delimiters that carry no meaning.
+    (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-z])|\\!|\\(?:displaystyle|limits)(?![a-z])|(?<!\\)\\[()\[\]]|\\(?:boxed|fbox)(?![a-z])", ""),
+    (r"(?<!\\)\\[,;:> ]|\\(?:q?quad|(?:en|thin|med|thick)space)(?![a-z])|\\[hm]space\*? ?\{[^{}]*\}|~|\{ +\}|\s+", " "),
     # One spelling of each command.
     (r"\\(?:mathbf|boldsymbol|bm|vec|mathit) ?\{? ?([A-Za-z])(?![A-Za-z]) ?\}?", r"\1"),
     (r"\\(?:math(?:rm|bf|it|sf)|text(?:bf|it|rm|sf|normal)|emph|[mh]box|operatorname)(?![a-z])", r"\\text"),
     (rf"\\text ?\{{ *({_FUNCTIONS}|e|i) *\}}", r" \1 "),
+    (r"\\text ?\{ *(\d+(?:\.\d+)?) *\}", r"\1"),
     (r"\\[dtc](frac|binom)(?![a-z])", r"\\\1"),
     (r"\\(le|ge|ne)(?:q|qslant)(?![a-z])", r"\\\1"),
     (r"\\lt(?![a-z])", "<"),
@@ -67,20 +75,20 @@ _COMMANDS = _rules(
     (r"\^ *(?:\{ *\\circ *\}|\\circ(?![a-z]))|\\degree(?![a-z])", r"\\text{degree}"),
     (r"\\begin\{array\} *\{[lcr| ]*\}|\\begin\{(?:[bB]|small)?matrix\}", r"\\begin{pmatrix}"),
     (r"\\end\{(?:array|(?:[bB]|small)?matrix)\}", r"\\end{pmatrix}"),
-    (r"\\%|(?:\\text ?\{ *| )(?i:per ?cent)\}?(?![A-Za-z])", "%"),
+    (rf"(?:\\text ?\{{[ -]*{_PERCENT}[ .]*\}}|(?<=[\w}})!|])[ -]*{_PERCENT})", "%"),
+    (r"(?:\\text ?\{ ?mod ?\}|\\mod|(?<= )mod)(?![A-Za-z])", r"\\bmod "),
     (r"(?<!\*)\*(?!\*)", r"\\cdot "),
     (r"\*\*", "^"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),
     (r"\\(?:land|lor|wedge|vee)(?![a-z])|;", ","),
 )
 _FIGURES = _rules(
-    (r"(?<![\d._])(\d{1,3})_(?=\d{3}(?:_\d{3})*(?![\d_]))", r"\1"),
-    (r"(?<=\d)_(?=\d{3}(?:_\d{3})*(?![\d_]))", ""),
     (r"(?<=\d) ?e\{?(?=-?\d)", "e"),
     (r"\\(?:bar|overline) ?\{? ?(\d+) ?\}?", r"\\overline{\1}"),
     (r"(?<=\.)(\d*)\((\d+)\)", r"\1\\overline{\2}"),
     (r"\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?", r"\\overline{\1\2\3}"),
     (r"(?<!\d)\.(?=\d)", "0."),
+    (r"(?<![\d./^_])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
     (r"(\d+) and an? half(?![a-z])", r"\1\\frac{1}{2}"),
     (r"^(?i:an? )?[hH]alf$", r"\\frac{1}{2}"),
     (r"(?<=\d)(?: ?\\text ?\{ *to *\} ?| to )(?=\d)", ":"),
@@ -111,7 +119,6 @@ _PLAIN_TO_LATEX = _rules(
     # A space stays where it may part a number from a fraction or a unit: `3 1/2` is not `31/2`, `5 m` is not `5m`.
     (r"(?<![\w})]) +| +(?![A-Za-z0-9])|(?<=[})]) +(?=\d)", ""),
 )
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _TIME = re.compile(
     r"(?P<time>\d{1,2}(?P<colon>:\d\d)?)(?P<gap>(?: |\\text ?\{)*)(?P<half>[apAP])(?P<dot>\.?) ?[mM]\.?(?: *\})?(?![A-Za-z])"
 )
@@ -140,12 +147,24 @@ def normalise(text: str) -> str:
     text = text.strip()
     if not text.isascii():
         text = _spell_unicode(text)
-    text = _apply(_COMMANDS, _spell_money(_strip_markdown(text)))
-    if not re.search(r"[(\[]|\\\{", text):  # inside brackets the comma separates
-        text = _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
-    text = _TIME.sub(_spell_time, _apply(_FIGURES, replace_number_words(spell_repeating(text))))
+    text = join_figures(_SYSTEM.sub(_spell_system, _strip_markdown(text)))
+    text = _unwrap_text(spell_money(_apply(_COMMANDS, text)).strip())
+    if (label := _LABEL.match(text)) and (content := _finish(text[label.end() :])):
+        return rf"\text{{({label[label.lastindex or 0]})}}" + content
+    return _finish(text)
+
+
+def split_label(text: str) -> tuple[str | None, str]:
+    r"""The letter and the text of an option in normal form, `\textbf{(C)}\ 5`; anything else has no letter."""
+    match = _LABELLED.match(text)
+    return (None, text) if match is None else (match[1], text[match.end() :])
+
+
+def _finish(text: str) -> str:
+    """The normal form of a text whose commands are spelled alike."""
+    text = _TIME.sub(_spell_time, replace_number_words(_apply(_FIGURES, spell_repeating(text))))
     text = replace_calls(_LIST_WORDS.sub(",", text), {"sqrt": r"\sqrt{", "cbrt": r"\sqrt[3]{"})
-    return unwrap(_apply(_PLAIN_TO_LATEX, text))
+    return unwrap(join_measures(_apply(_PLAIN_TO_LATEX, text)))
 
 
 def unwrap(text: str) -> str:
@@ -157,12 +176,18 @@ def unwrap(text: str) -> str:
     text = re.sub(r"^(?:(?:=|\\approx|\\therefore)\s*)+|(?:\\|[.,:\s])+$", "", text.strip())
     while is_enclosed(text, "{", "}"):
         text = text[1:-1].strip()
-    if text.startswith(r"\text{") and is_enclosed(text[5:], "{", "}"):
-        return unwrap(text[6:-1])
+    if (content := _unwrap_text(text)) != text:
+        return unwrap(content)
     if option := _OPTION.fullmatch(text):
         return option.group().strip("()")[-1]
     folded = " ".join(text.casefold().split())
     return next((alias for pattern, alias in _ALIASES if pattern.fullmatch(folded)), text)
+
+
+def _unwrap_text(text: str) -> str:
+    r"""The content where the whole text is one `\text{...}`, full stops aside."""
+    stripped = text.rstrip(". ")
+    return stripped[6:-1].strip() if stripped.startswith(r"\text{") and is_enclosed(stripped[5:], "{", "}") else text
 
 
 def _apply(rules: tuple[Rule, ...], text: str) -> str:
@@ -192,48 +217,24 @@ def _strip_markdown(text: str) -> str:
     return text
 
 
-def _spell_money(text: str) -> str:
-    r"""Amounts with their currency behind them. A plain `$` is one only where it stands alone; two enclose mathematics."""
-    num_plain = len(re.findall(r"(?<!\\)\$", text))
-    if num_plain != 1:
-        text = re.sub(r"(?<!\\)\$", "", text)
-    return _apply(_MONEY, text)
+def _spell_system(match: re.Match[str]) -> str:
+    """Equations among one another as equations beside one another; rows that are something else (a matrix, cases of a function) stay."""
+    rows = [row.replace("&", " ").strip(" ,;\n") for row in re.split(r"\\\\(?:\[[^\]]*\])?", match["body"])]
+    rows = [row for row in rows if row]
+    return ", ".join(rows) if rows and all(row.count("=") == 1 for row in rows) else match.group()
 
 
 def _spell_time(match: re.Match[str]) -> str:
     if not (match["colon"] or match["dot"] or match["gap"]):
         return match.group()  # `3am` may be a product
-    return rf"{match['time']}\text{{{match['half'].lower()}m}}"
+    closing = "}" if match.group().endswith("}") and "{" not in match["gap"] else ""
+    return rf"{match['time']}\text{{{match['half'].lower()}m}}{closing}"
 
 
-_NAME = (
-    r"(?:\\text\{[^{}]*\}|(?:\\(?:angle|triangle) ?)?(?:[A-Za-z]|[A-Z]{2,3}|[A-Za-z]{5,}|\\[a-z]+)(?:_\{\w+\}|'|\^\{-1\})*"
-    r"(?:\([A-Za-z](?:,[a-z])*\))?|\([a-z](?:,[a-z])+\)|\|[A-Z]{2}\||\\frac\{d[A-Za-z]\}\{d[A-Za-z]\})"
-)
-"""One letter, a segment such as AB, a word, a Greek letter, a function, a tuple of letters; `xy=1` is an equation about a product."""
-_NAMED = re.compile(rf"(?P<name>{_NAME}) ?(?:=|\\approx|\\in(?![a-z])) ?")
-_NAMED_BEHIND = re.compile(r"(?P<value>.*[^\s=]) ?= ?(?P<name>[A-Za-z])")
-_RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|in|approx)(?![a-z])")
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '.-])*")
 _SHORT_WORD = re.compile(
     r"[^\W\d_]{5}|(?<![^\W\d_])(?:(?=[A-Za-z]*[aeiouyAEIOUY])[A-Z][a-z]{2,}|(?i:yes|no|true|none|odd|even))(?![^\W\d_])"
 )
-
-
-def split_name(text: str) -> tuple[str, str | None]:
-    r"""What is said of a name and the name: `x=5`, `5=x`, `f(x)=2x`, `x\in[1,2]`; other relations are left alone."""
-    match = _NAMED.match(text)
-    if match is not None and not is_relation(text[match.end() :]):
-        return text[match.end() :], match["name"]
-    match = _NAMED_BEHIND.fullmatch(text)
-    if match is not None and not is_relation(match["value"]):
-        return match["value"], match["name"]
-    return text, None
-
-
-def is_relation(text: str) -> bool:
-    """Whether it holds an equation or inequality sign, the lower bounds of sums aside."""
-    return _RELATION.search(re.sub(r"_\{[^{}]*\}", "", text)) is not None
 
 
 def is_language(text: str) -> bool:

@@ -326,6 +326,7 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
         ("12:00 p.m.", "noon"),
         ("8 PM", "8:00 pm"),
         ("5:00", "05:00"),
+        (r"\text{4:30 p.m.}.", "16:30"),
     ],
     "currencies": [
         (r"\$5.50", "5.5"),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1z.grading import expression, numbers, parts, symbolic, text, units
+from megatron_r1z.grading import expression, names, numbers, parts, symbolic, text, units
 from megatron_r1z.grading.equality import MAX_LENGTH, Equality, compare, is_equal, settle
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -185,7 +185,7 @@ def test_normal_form_is_stable_and_any_text_equals_itself(raw: str) -> None:
     normal = text.normalise(raw)
     assert text.normalise(raw) == normal
     assert compare(raw, raw) is Equality.EQUAL
-    parts.split_parts(normal), units.split_unit(normal), text.split_name(normal), numbers.parse_number(normal), expression.parse(normal)
+    parts.split_parts(normal), units.split_unit(normal), names.split_name(normal), numbers.parse_number(normal), expression.parse(normal)
 
 
 def test_nothing_in_an_answer_is_executed(tmp_path: Path) -> None:
