@@ -27,6 +27,8 @@ BUDGET = 48
 HANGS_S = 900
 """What takes so long waits for ever, however busy the machine; most commands take half a minute."""
 TP2 = ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=1", "rollout.tensor_parallel_size=2")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node")
+"""Its ranks meet at an address, as the machine's name need not resolve to one; what follows is their number."""
 MARK = "R1Z_TEST_RUN"
 """In the environment of every process of a run, so that its processes can be told from all others."""
 ENVIRONMENT = {
@@ -180,7 +182,7 @@ class CommandLine:
 
     def start(self, *arguments: str, environment: dict[str, str] | None = None, torchrun: int = 0, unread: bool = False) -> Command:
         """Start the command, by itself or as so many ranks of torchrun."""
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun), "-m"] if torchrun else []
+        launcher = [*TORCHRUN, str(torchrun), "-m"] if torchrun else []
         command = Command(self.folder, [*launcher, "megatron_r1z", *arguments], environment or {}, unread=unread)
         self.started.append(command)
         return command
@@ -203,7 +205,7 @@ def torchrun() -> Callable[..., None]:
     """Run a script with its arguments on so many ranks."""
 
     def run(num_ranks: int, script: Path, *arguments: object) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+        launcher = [sys.executable, "-m", *TORCHRUN, str(num_ranks)]
         command = [*launcher, "-m", "tests.loop.rank", script, *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANGS_S, check=False)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
