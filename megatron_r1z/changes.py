@@ -19,6 +19,7 @@ from megatron_r1z.fingerprint import Marks, RowsMark, differing
 from megatron_r1z.inputs import INPUTS_FILE, Inputs, load_inputs, read_inputs, save_inputs
 from megatron_r1z.order import Cursor, SeededStream
 from megatron_r1z.result_files import keep_earlier, replace_text
+from megatron_r1z.resume_point import holds_checkpoints
 
 WITHOUT_EFFECT = (
     *("parallel", "logging", "checkpoint", "grading.workers"),
@@ -148,11 +149,6 @@ def changed_rows(field: str, was: Sequence[RowsMark], now: Sequence[RowsMark]) -
 # --- runs that go on ---
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run folder holds something to go on from."""
-    return any((folder / "checkpoints").glob("step_*[0-9]/state.json"))
-
-
 def check_goes_on(config: TrainConfig | PretrainConfig, rows: Sequence[RowsMark]) -> None:
     """Refuse a training run that would go on as another one: it goes on from a checkpoint, and what decides which run it is has changed.
 
@@ -164,7 +160,7 @@ def check_goes_on(config: TrainConfig | PretrainConfig, rows: Sequence[RowsMark]
         ConfigError: names every such field with both values, and how to ask for the change.
     """
     folder = Path(config.logging.folder)
-    earlier = earlier_config(type(config), folder) if has_checkpoint(folder) else None
+    earlier = earlier_config(type(config), folder) if holds_checkpoints(folder / "checkpoints") else None
     if earlier is None:
         return
     found = [item for item in run_differences(earlier, config, rows) if item.field not in config.checkpoint.accept_changes]
