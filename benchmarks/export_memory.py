@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1z.export import load_hf_weights, save_hf
-from megatron_r1z.hf_files import PIECE_BYTES
+from megatron_r1z.host.supervisor import rank_entry, run_ranks
 from megatron_r1z.layout.blocks import Layout, megatron_layout
 from megatron_r1z.layout.families import load_shape
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.supervisor import rank_entry, run_ranks
-from megatron_r1z.tables import align
+from megatron_r1z.record.tables import align
+from megatron_r1z.weights.export import load_hf_weights, save_hf
+from megatron_r1z.weights.hf_files import PIECE_BYTES
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],

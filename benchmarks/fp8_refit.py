@@ -23,14 +23,14 @@ from measuring import run_ranks
 from refit import Arrays, live_engine, through_wires, timed
 from torch import Tensor
 
+from megatron_r1z.host.shared_memory import SharedCopies
 from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, modules_to_not_convert
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.record.tables import align
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
-from megatron_r1z.shared_memory import SharedCopies
-from megatron_r1z.tables import align
 
 SHAPE = ModelShape("llama", 24, 1024, 8, 4, 128, 3072, 16384, True, False, False, 1e5, None, 1e-5, 8192)
 """Of 0.3 billion elements, 95 % of them in matrices of layers, as in a model of 70 billion."""

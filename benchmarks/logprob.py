@@ -29,7 +29,7 @@ from measuring import read_status, reset_peak
 from torch import Tensor
 
 from megatron_r1z.policy.logprob import vocab_parallel_logprobs
-from megatron_r1z.tables import align
+from megatron_r1z.record.tables import align
 
 TIMED_TOKENS = 2048
 TOKENS = (2048, 8192)

@@ -26,11 +26,13 @@ import torch.distributed as dist
 from measuring import read_status, reset_peak, run_ranks
 from torch import Tensor
 
+from megatron_r1z.host.shared_memory import SharedCopies
 from megatron_r1z.layout.blocks import Box, Layout, box_slices, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.plan import Plan, make_plan
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.protocols import Result
+from megatron_r1z.record.tables import align
 from megatron_r1z.reshard import execute
 from megatron_r1z.reshard.digest import Ledger, Piece
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
@@ -38,8 +40,6 @@ from megatron_r1z.reshard.links import Links, Wire
 from megatron_r1z.reshard.moves import Move, bind
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
-from megatron_r1z.shared_memory import SharedCopies
-from megatron_r1z.tables import align
 
 SMOLLM2 = ModelShape("llama", 30, 576, 9, 3, 64, 1536, 49152, True, False, False, 1e5, None, 1e-5, 8192)
 SPLITTABLE = dataclasses.replace(SMOLLM2, num_heads=8, num_kv_heads=4)

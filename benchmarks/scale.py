@@ -23,7 +23,7 @@ from megatron_r1z.layout.known import find_shape
 from megatron_r1z.layout.plan import make_plan
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.packing import PackingRules, pack
-from megatron_r1z.tables import align
+from megatron_r1z.record.tables import align
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Sample, Verdict, VerdictKind
 
 MODELS = (("Llama-3.1-8B", 2, 1, 2), ("Llama-3.1-70B", 8, 4, 8))

@@ -42,7 +42,7 @@ from megatron_r1z.objective import OBJECTIVES, clipped_losses, make_loss
 from megatron_r1z.packing import PackingRules, pack
 from megatron_r1z.policy.parallel import start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
-from megatron_r1z.tables import align
+from megatron_r1z.record.tables import align
 from megatron_r1z.types import Sample
 
 VOCAB = 8192

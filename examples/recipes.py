@@ -13,8 +13,8 @@ from pathlib import Path
 
 import nemo_run as run
 
+from megatron_r1z.config.yaml_tree import read_tree
 from megatron_r1z.launch.recipes import recipe, start
-from megatron_r1z.yaml_tree import read_tree
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = {re.sub(r"\W", "_", path.stem): path for path in sorted(CONFIGS.glob("*.yaml")) if "algorithm" in read_tree(path).values}

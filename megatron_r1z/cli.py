@@ -22,8 +22,6 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from megatron_r1z import sweep
-from megatron_r1z.collector import paused_collector
 from megatron_r1z.config import (
     ITEMSIZE,
     AnalyseConfig,
@@ -38,21 +36,23 @@ from megatron_r1z.config import (
     load_config,
 )
 from megatron_r1z.cost.plan_run import PROMPT_TOKENS, RESPONSE_SHARE, plan_run
+from megatron_r1z.cost.refit_report import ENGINE_KEYS, POLICY_KEYS, Machine, PlanReport, make_plan_report, render_plan
 from megatron_r1z.cost.report import Report, refusal, render, render_search
 from megatron_r1z.cost.search import enough_ranks, nearest, search
 from megatron_r1z.errors import ConfigError, MissingExtraError, R1ZError
-from megatron_r1z.folders import Kind
-from megatron_r1z.plan_report import ENGINE_KEYS, POLICY_KEYS, Machine, PlanReport, make_plan_report, render_plan
-from megatron_r1z.result_files import to_json
-from megatron_r1z.streams import READER_GONE, lead_nowhere, outlive_readers, reader_is_gone
-from megatron_r1z.supervisor import STOPPED, Patience, is_rank, is_supervised, leftover_notice, rank_entry, run_ranks
+from megatron_r1z.host.collector import paused_collector
+from megatron_r1z.host.streams import READER_GONE, lead_nowhere, outlive_readers, reader_is_gone
+from megatron_r1z.host.supervisor import STOPPED, Patience, is_rank, is_supervised, leftover_notice, rank_entry, run_ranks
+from megatron_r1z.launch import sweep
+from megatron_r1z.record.result_files import to_json
+from megatron_r1z.weights.folders import Kind
 
 if TYPE_CHECKING:
     from megatron_r1z.assemble import Weights
-    from megatron_r1z.convert import Conversion
-    from megatron_r1z.data_report import DataReport
+    from megatron_r1z.data.report import DataReport
     from megatron_r1z.loop import Run
     from megatron_r1z.pretrain import Pretraining
+    from megatron_r1z.weights.convert import Conversion
 
 Config = TypeVar("Config", TrainConfig, PretrainConfig)
 AnyRun = TypeVar("AnyRun", "Run", "Pretraining")
@@ -312,7 +312,7 @@ def _analyse(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
-    from megatron_r1z.convert import check_target, plan_conversion
+    from megatron_r1z.weights.convert import check_target, plan_conversion
 
     num_ranks = options.tp * options.pp if options.num_ranks is None else options.num_ranks
     parallel = ParallelConfig(num_ranks=num_ranks, tensor_parallel_size=options.tp, pipeline_parallel_size=options.pp)
@@ -337,7 +337,7 @@ def _convert(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _data(options: argparse.Namespace, _arguments: list[str]) -> int:
-    from megatron_r1z.data_report import make_report, render
+    from megatron_r1z.data.report import make_report, render
 
     report = make_report(load_config(TrainConfig, options.config, options.overrides))
     _write_json(options.json, report)
@@ -352,7 +352,7 @@ def _write_json(path: str | None, report: DataReport | PlanReport | Report) -> N
 
 
 def _grade(options: argparse.Namespace, _arguments: list[str]) -> int:
-    from megatron_r1z.grade import grade_lines
+    from megatron_r1z.grading.command import grade_lines
     from megatron_r1z.grading.comparer import Comparer
     from megatron_r1z.grading.grader import EXTRACTORS
 
@@ -538,7 +538,7 @@ def _pretrain_rank(config: PretrainConfig) -> int:
 
 def _evaluate_rank(config: EvaluateConfig) -> int:
     from megatron_r1z.assemble import joined_ranks, made_evaluation
-    from megatron_r1z.evaluate import evaluate
+    from megatron_r1z.evaluation.evaluate import evaluate
 
     with joined_ranks(config), made_evaluation(config) as run:
         finished = evaluate(run)
@@ -566,7 +566,7 @@ def _analyse_rank(config: AnalyseConfig) -> int:
 
 def _convert_rank(conversion: Conversion) -> int:
     from megatron_r1z.assemble import joined_ranks, make_policy, plan_weights
-    from megatron_r1z.convert import write
+    from megatron_r1z.weights.convert import write
 
     start = time.perf_counter()
     with joined_ranks(conversion):

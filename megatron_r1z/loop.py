@@ -2,9 +2,9 @@
 
     prompts -> rollout (vLLM) -> grade -> advantages -> pack -> Megatron update -> reshard -> vLLM
 
-Every rank runs this same program. `Run` lists the parts: `prompts.py` draws questions, `rollout/` samples, `grading/` judges,
-`objective.py` and `packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over; `evaluate.py`, `checkpoint.py`,
-`certificate.py`, `metrics.py`, `advice.py` and `rollouts.py` keep the record. `assemble.py` builds them.
+Every rank runs this same program. `Run` lists the parts: `data/` draws questions, `rollout/` samples, `grading/` judges, `objective.py` and
+`packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over; `evaluation/`, `weights/` and `record/` keep what
+comes of it. `assemble.py` builds them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 
 from megatron_r1z import ranks
-from megatron_r1z.advice import Advice
-from megatron_r1z.certificate import make_certificate
-from megatron_r1z.checkpoint import Checkpoints
 from megatron_r1z.config import AlgorithmConfig, TrainConfig
-from megatron_r1z.evaluate import evaluate_prompts, evaluation_metrics, evaluation_sampling
-from megatron_r1z.metrics import (
+from megatron_r1z.data.prompts import PromptSet, PromptStream
+from megatron_r1z.evaluation.evaluate import evaluate_prompts, evaluation_metrics, evaluation_sampling
+from megatron_r1z.evaluation.scores import score
+from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.objective import AGGREGATIONS, Aggregation, Objective, estimated, kl_estimate, token_rewards
+from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
+from megatron_r1z.policy.critic import MegatronCritic
+from megatron_r1z.policy.policy import MegatronPolicy
+from megatron_r1z.policy.token_figures import gather_figures
+from megatron_r1z.protocols import Engine, Grader, Sampling, Stop
+from megatron_r1z.record.advice import Advice
+from megatron_r1z.record.certificate import make_certificate
+from megatron_r1z.record.metrics import (
     Metrics,
     RunLog,
     Stopwatch,
@@ -37,19 +45,11 @@ from megatron_r1z.metrics import (
     rollout_metrics,
     update_metrics,
 )
-from megatron_r1z.objective import AGGREGATIONS, Aggregation, Objective, estimated, kl_estimate, token_rewards
-from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
-from megatron_r1z.policy.critic import MegatronCritic
-from megatron_r1z.policy.policy import MegatronPolicy
-from megatron_r1z.prompts import PromptSet, PromptStream
-from megatron_r1z.protocols import Engine, Grader, Sampling, Stop
-from megatron_r1z.receipts import save_receipt
-from megatron_r1z.rollouts import ROLLOUTS, save_rollouts
-from megatron_r1z.scores import score
-from megatron_r1z.skips import Skips
-from megatron_r1z.supervisor import StopFlag
-from megatron_r1z.token_figures import gather_figures
+from megatron_r1z.record.receipts import save_receipt
+from megatron_r1z.record.rollouts import ROLLOUTS, save_rollouts
+from megatron_r1z.record.skips import Skips
 from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, Sample, TokenFigures, UpdateStats, ValueStats
+from megatron_r1z.weights.checkpoint import Checkpoints
 
 CERTIFICATE_GROUPS = 32
 """Groups whose log-probs are compared between engine and policy before the first update."""

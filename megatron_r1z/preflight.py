@@ -12,22 +12,11 @@ from pathlib import Path
 
 from megatron_r1z.analysis.examine import read_levels
 from megatron_r1z.analysis.judge import make_sender, read_key
-from megatron_r1z.changes import check_goes_on, check_same, on_first_rank
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, ParallelConfig, PretrainConfig, TrainConfig
-from megatron_r1z.corpus import check_corpus
-from megatron_r1z.data_report import leak_warnings
-from megatron_r1z.errors import ConfigError, MissingExtraError
-from megatron_r1z.folders import kind_of
-from megatron_r1z.fp8.machine import read_facts
-from megatron_r1z.fp8.recipes import check_policy
-from megatron_r1z.grading.functions import check_reward_function
-from megatron_r1z.layout.blocks import engine_layout, megatron_layout
-from megatron_r1z.layout.families import ModelShape, load_shape
-from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
-from megatron_r1z.layout.rope import RopeScaling
-from megatron_r1z.model_checks import check_dense, check_layers, check_lengths
-from megatron_r1z.model_folder import check_tensors, check_tokens
-from megatron_r1z.prompts import (
+from megatron_r1z.config.model_checks import check_dense, check_layers, check_lengths
+from megatron_r1z.data.changes import check_goes_on, check_same, on_first_rank
+from megatron_r1z.data.corpus import check_corpus
+from megatron_r1z.data.prompts import (
     QuestionSet,
     added_tokens,
     load_prompts,
@@ -38,7 +27,18 @@ from megatron_r1z.prompts import (
     mark_questions,
     name_sources,
 )
-from megatron_r1z.resume_point import damage_of, find_resume_point, holds_checkpoints, steps_of
+from megatron_r1z.data.report import leak_warnings
+from megatron_r1z.errors import ConfigError, MissingExtraError
+from megatron_r1z.fp8.machine import read_facts
+from megatron_r1z.fp8.recipes import check_policy
+from megatron_r1z.grading.functions import check_reward_function
+from megatron_r1z.layout.blocks import engine_layout, megatron_layout
+from megatron_r1z.layout.families import ModelShape, load_shape
+from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
+from megatron_r1z.layout.rope import RopeScaling
+from megatron_r1z.weights.folders import kind_of
+from megatron_r1z.weights.model_folder import check_tensors, check_tokens
+from megatron_r1z.weights.resume_point import damage_of, find_resume_point, holds_checkpoints, steps_of
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM 0.32's CPU attention computes (its list, and 48, which was measured to work)."""
@@ -271,7 +271,7 @@ def _check_analysed(config: AnalyseConfig) -> None:
 
 def _check_records(config: EvaluateConfig, paths: Sequence[Path]) -> None:
     """`paths`: where the responses to each set are."""
-    from megatron_r1z.evaluate import check_records  # loads what `require_libraries` looks for
+    from megatron_r1z.evaluation.evaluate import check_records  # loads what `require_libraries` looks for
 
     if any(path.exists() for path in paths):
         sets = load_prompts(config.data, config.evaluation.sets, load_tokenizer(config.model.path))

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1z import ranks
-from megatron_r1z.checkpoint import Checkpoints
 from megatron_r1z.config import PretrainConfig
-from megatron_r1z.corpus import Document, DocumentStream, TextSet
-from megatron_r1z.metrics import Metrics, RunLog, Stopwatch, update_metrics
+from megatron_r1z.data.corpus import Document, DocumentStream, TextSet
+from megatron_r1z.host.supervisor import StopFlag
 from megatron_r1z.objective import Loss, PolicyTokens, TokenLosses, likelihood_losses
 from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
-from megatron_r1z.skips import Skips
-from megatron_r1z.supervisor import StopFlag
+from megatron_r1z.record.metrics import Metrics, RunLog, Stopwatch, update_metrics
+from megatron_r1z.record.skips import Skips
 from megatron_r1z.types import Sample, UpdateStats
+from megatron_r1z.weights.checkpoint import Checkpoints
 
 ROW_EVERY = 25
 """Steps between rows of the table; `metrics.jsonl` has every step."""

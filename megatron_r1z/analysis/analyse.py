@@ -12,13 +12,13 @@ from megatron_r1z.analysis.figures import CellFigures, make_figures
 from megatron_r1z.analysis.plots import draw
 from megatron_r1z.analysis.report import make_tree, render, summarise
 from megatron_r1z.config import AnalyseConfig, Template
-from megatron_r1z.evaluate import Evaluation, evaluate_set
-from megatron_r1z.metrics import Console
-from megatron_r1z.prompts import Question, load_questions, name_sources
+from megatron_r1z.data.prompts import Question, load_questions, name_sources
+from megatron_r1z.evaluation.evaluate import Evaluation, evaluate_set
+from megatron_r1z.evaluation.scores import QuestionResult, powers_up_to
+from megatron_r1z.host.supervisor import StopFlag
 from megatron_r1z.protocols import Sampler, Sampling
-from megatron_r1z.result_files import replace_text, to_json
-from megatron_r1z.scores import QuestionResult, powers_up_to
-from megatron_r1z.supervisor import StopFlag
+from megatron_r1z.record.metrics import Console
+from megatron_r1z.record.result_files import replace_text, to_json
 from megatron_r1z.types import Group, Prompt
 
 

@@ -10,7 +10,7 @@ from statistics import fmean, median, quantiles, stdev
 from typing import Any
 
 from megatron_r1z.analysis.examine import Examined, ExaminedQuestion, Outcome
-from megatron_r1z.scores import Z_95, clustered_interval, interval, pass_at_k
+from megatron_r1z.evaluation.scores import Z_95, clustered_interval, interval, pass_at_k
 
 Test = Callable[[Examined], bool]
 

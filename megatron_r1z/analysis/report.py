@@ -8,7 +8,7 @@ from typing import Any
 from megatron_r1z.analysis.examine import ANSWER_MARKS, Outcome, Task
 from megatron_r1z.analysis.figures import CellFigures, ReflectionEffect, Share, best_cell
 from megatron_r1z.config import AnalyseConfig
-from megatron_r1z.tables import align, markdown
+from megatron_r1z.record.tables import align, markdown
 
 NONE = "-"
 Column = tuple[str, Callable[[CellFigures], str]]

@@ -14,13 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_r1z import tiles
 from megatron_r1z.config import Recompute
 from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat
+from megatron_r1z.layout import tiles
 from megatron_r1z.layout.blocks import Spec
 from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.layout.tiles import tile_shape
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.tiles import tile_shape
 
 TILE_BYTES = {"local": tiles.TILE_BYTES["cpu"], "te": tiles.TILE_BYTES["cuda"]}
 """Of the device that each spec is for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_r1z.config import TrainConfig
+from megatron_r1z.config.model_checks import check_dense, check_layers, check_lengths
 from megatron_r1z.cost.cluster import Cluster
 from megatron_r1z.cost.formats import fp8_share
 from megatron_r1z.errors import ConfigError
@@ -11,7 +12,6 @@ from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.fp8 import BLOCK
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.model_checks import check_dense, check_layers, check_lengths
 
 
 def check_shape(config: TrainConfig, shape: ModelShape, cluster: Cluster | None = None) -> None:

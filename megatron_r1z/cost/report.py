@@ -9,13 +9,13 @@ from typing import Any
 
 from megatron_r1z.cost.cluster import GIB
 from megatron_r1z.cost.memory import Phase, RankMemory
+from megatron_r1z.cost.refit_report import in_units
 from megatron_r1z.cost.rollout_time import Rollout
 from megatron_r1z.cost.run_cost import RunCost
 from megatron_r1z.cost.search import changes
 from megatron_r1z.layout.families import ModelShape, hf_tensors
 from megatron_r1z.layout.plan import Edge
-from megatron_r1z.plan_report import in_units
-from megatron_r1z.tables import align
+from megatron_r1z.record.tables import align
 
 
 @dataclass(frozen=True)

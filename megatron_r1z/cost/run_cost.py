@@ -18,6 +18,7 @@ from megatron_r1z.cost.formats import FP32_BYTES, engine_format, fp8_share, poli
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.cost.memory import RankMemory, rank_memory
 from megatron_r1z.cost.policy_memory import PolicyMemory
+from megatron_r1z.cost.refit_report import Machine, PlanReport, add_up
 from megatron_r1z.cost.rollout_time import Rollout, RolloutTime
 from megatron_r1z.cost.update_time import Passes, UpdateTime
 from megatron_r1z.errors import ConfigError
@@ -25,7 +26,6 @@ from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, engine_lay
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.fp8 import by_format, fp8_matrices
 from megatron_r1z.layout.plan import DEFAULT_RANKS_PER_NODE, DEFAULT_ROUND_BYTES, LIVE_ROUNDS, Edge, make_plan
-from megatron_r1z.plan_report import Machine, PlanReport, add_up
 
 Memory = TypeVar("Memory", PolicyMemory, CriticMemory)
 

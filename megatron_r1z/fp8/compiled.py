@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from megatron_r1z.compiled import compiled, pointer
 from megatron_r1z.fp8 import blocks
+from megatron_r1z.host.compiled import compiled, pointer
 from megatron_r1z.layout.fp8 import BLOCK
 
 EXPONENT = np.int32(0x7F800000)

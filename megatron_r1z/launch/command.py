@@ -9,8 +9,8 @@ from megatron_r1z.errors import ConfigError
 from megatron_r1z.launch import experiments
 from megatron_r1z.launch.experiments import State
 from megatron_r1z.launch.job import WORK, Job, make_job, make_jobs
-from megatron_r1z.sweep import Cell
-from megatron_r1z.tables import align
+from megatron_r1z.launch.sweep import Cell
+from megatron_r1z.record.tables import align
 
 
 def start(options: argparse.Namespace) -> int:

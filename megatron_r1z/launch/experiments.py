@@ -22,9 +22,9 @@ from nemo_run.config import get_nemorun_home
 from nemo_run.core.frontend.console.api import CONSOLE
 
 from megatron_r1z.errors import ConfigError, LaunchError
+from megatron_r1z.host.supervisor import STOPPED
 from megatron_r1z.launch.executors import make_executor
 from megatron_r1z.launch.job import CODE, JOB_FOLDER, Job, stage
-from megatron_r1z.supervisor import STOPPED
 
 POLL_S = 0.5
 RECENT = 20

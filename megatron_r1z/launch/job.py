@@ -21,10 +21,10 @@ from megatron_r1z.config import (
     load_config,
     load_launch,
 )
+from megatron_r1z.config.yaml_tree import read_tree
 from megatron_r1z.cost.cluster import Cluster, load_cluster
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.sweep import Cell, name_of
-from megatron_r1z.yaml_tree import read_tree
+from megatron_r1z.launch.sweep import Cell, name_of
 
 Work = Literal["train", "pretrain", "evaluate", "analyse"]
 WORK: tuple[Work, ...] = get_args(Work)

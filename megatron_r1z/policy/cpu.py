@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_r1z.shared_memory import SharedTensors
+from megatron_r1z.host.shared_memory import SharedTensors
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1z.tiles import TILE_BYTES, tile_shape
+from megatron_r1z.layout.tiles import TILE_BYTES, tile_shape
 
 LOG2_E = math.log2(math.e)
 

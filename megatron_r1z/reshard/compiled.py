@@ -10,7 +10,7 @@ from typing import Any
 
 from numba import carray, int64
 
-from megatron_r1z.compiled import compiled, pointer
+from megatron_r1z.host.compiled import compiled, pointer
 
 BLOCK_BYTES = 1 << 16
 

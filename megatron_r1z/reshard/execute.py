@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1z.errors import RefitError
+from megatron_r1z.host.shared_memory import aligned
 from megatron_r1z.layout.blocks import box_slices
 from megatron_r1z.layout.plan import LIVE_ROUNDS, Copy, Exchange, RankPlan
 from megatron_r1z.reshard.digest import Ledger, Piece, Places
 from megatron_r1z.reshard.links import Links
 from megatron_r1z.reshard.moves import Move, Step, bind
-from megatron_r1z.shared_memory import aligned
 
 DEFAULT_TIMEOUT_S = 600.0
 """A round takes seconds; what takes longer is a peer that has not arrived yet, for example from a checkpoint or a slow rollout."""

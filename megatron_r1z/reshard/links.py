@@ -1,7 +1,7 @@
 """How a rank comes by the weights of another: it reads them where they are, or they travel packed through the process group.
 
 The ranks of one machine without GPUs read each other's parameters in place, if those lie in memory that others can map
-(`shared_memory.py`). On GPUs two ranks do so where they share a GPU, which NCCL cannot connect (CUDA IPC; **not run on a GPU**). All
+(`host/shared_memory.py`). On GPUs two ranks do so where they share a GPU, which NCCL cannot connect (CUDA IPC; **not run on a GPU**). All
 other pairs of ranks use the process group: gloo or NCCL.
 """
 
@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from megatron_r1z.host.shared_memory import SharedFile
 from megatron_r1z.layout.plan import RankPlan
-from megatron_r1z.shared_memory import SharedFile
 
 POLL_S = 20e-6
 LOOK_FOR_PEER_S = 0.2

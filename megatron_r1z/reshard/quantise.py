@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_r1z.fp8.blocks import Quantised, quantise_weight, scale_shape
+from megatron_r1z.host.shared_memory import SharedTensors
 from megatron_r1z.layout.blocks import Layout
 from megatron_r1z.layout.fp8 import BLOCK, SCALES, by_format
 from megatron_r1z.layout.plan import Plan, make_plan
-from megatron_r1z.shared_memory import SharedTensors
 
 
 def plans_by_format(

@@ -16,7 +16,6 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_r1z.checkpoint import Checkpoints
 from megatron_r1z.config import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.blocks import Layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import load_shape
@@ -25,7 +24,8 @@ from megatron_r1z.packing import GlobalBatch, pack
 from megatron_r1z.policy.critic import HEAD, MegatronCritic
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
-from megatron_r1z.token_figures import gather_figures
+from megatron_r1z.policy.token_figures import gather_figures
+from megatron_r1z.weights.checkpoint import Checkpoints
 from tests.loop.layout_worker import Settings, box, copy_in
 
 

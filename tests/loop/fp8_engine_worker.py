@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from megatron_r1z.config import ModelConfig, NumberFormat, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_r1z.fp8.blocks import quantise_weight
-from megatron_r1z.initialise import random_weights
 from megatron_r1z.layout.blocks import box_slices, engine_layout, hf_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.fp8 import SCALES, by_format, fp8_matrices, fp8_parameters, modules_to_not_convert
@@ -28,6 +27,7 @@ from megatron_r1z.reshard.refit import Refit
 from megatron_r1z.rollout.cpu import prepare_import
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.types import Prompt, Sample
+from megatron_r1z.weights.initialise import random_weights
 
 PROMPTS = [Prompt(f"test/{length}", "", tuple(3 + index * 5 % 17 for index in range(length)), ("",), "test") for length in (3, 40, 9, 30)]
 SAMPLING = Sampling(num_samples=2, max_tokens=24, temperature=1.0, top_p=1.0, top_k=-1, stop=(), seed=11)

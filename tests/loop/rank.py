@@ -7,7 +7,7 @@ import os
 import runpy
 import sys
 
-from megatron_r1z.supervisor import remove_shared_memory
+from megatron_r1z.host.supervisor import remove_shared_memory
 
 if __name__ == "__main__":
     del sys.argv[0]

@@ -25,14 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1z.config import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.data.prompts import load_tokenizer, make_stops
 from megatron_r1z.errors import EngineError, RefitError
-from megatron_r1z.export import save_hf
-from megatron_r1z.initialise import random_weights
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import load_shape
 from megatron_r1z.layout.plan import make_plan
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.prompts import load_tokenizer, make_stops
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.links import Links, Seen
@@ -40,6 +38,8 @@ from megatron_r1z.reshard.refit import Refit
 from megatron_r1z.rollout import vllm_engine
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_r1z.types import FinishReason, Prompt
+from megatron_r1z.weights.export import save_hf
+from megatron_r1z.weights.initialise import random_weights
 
 PROMPTS = [Prompt(f"test/{length}", "", tuple(3 + index * 5 % 17 for index in range(length)), ("",), "test") for length in (3, 150, 9, 30)]
 SAMPLING = Sampling(num_samples=3, max_tokens=24, temperature=1.0, top_p=1.0, top_k=-1, stop=(), seed=11)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_r1z.hf_files import locate_tensors
+from megatron_r1z.weights.hf_files import locate_tensors
 
 VOCAB_SIZE = 71
 """Padded to 72 rows under tp 2."""

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_r1z.metrics import critic_metrics
+from megatron_r1z.record.metrics import critic_metrics
 from megatron_r1z.types import Sample, ValueStats
 from tests.loop.float64 import KeepFloat64
 from tests.loop.test_layouts import draw_samples, make_model

@@ -13,10 +13,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_r1z.export import load_hf_weights
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import FAMILIES, Family, ModelShape, load_shape
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.weights.export import load_hf_weights
 
 pytestmark = pytest.mark.slow
 

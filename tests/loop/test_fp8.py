@@ -273,7 +273,7 @@ def test_the_configured_policy_is_in_fp8(name: str, result_of: Callable[[str], d
 
 def test_the_commands_train_in_fp8(task: Any, pretraining: list[str], cli: Any, tmp_path: Path) -> None:
     """Pre-training, then an iteration with an FP8 engine, tensor parallel on both sides; the model is exported in bf16."""
-    from megatron_r1z.hf_files import locate_tensors
+    from megatron_r1z.weights.hf_files import locate_tensors
 
     subprocess.run(
         [sys.executable, "examples/quickstart/make_task.py", tmp_path, "--model", "llama-fp8"], check=True, stdout=subprocess.DEVNULL

@@ -12,9 +12,10 @@ from types import ModuleType
 
 import pytest
 
-from megatron_r1z import changes, metrics
-from megatron_r1z.evaluate import evaluation_metrics
-from megatron_r1z.scores import Attempt, QuestionResult, score
+from megatron_r1z.data import changes
+from megatron_r1z.evaluation.evaluate import evaluation_metrics
+from megatron_r1z.evaluation.scores import Attempt, QuestionResult, score
+from megatron_r1z.record import metrics
 from megatron_r1z.types import (
     FinishReason,
     GradedGroup,

@@ -23,14 +23,14 @@ pytest.importorskip("megatron.core")
 
 from megatron_r1z import loop
 from megatron_r1z.config import AlgorithmConfig, TrainConfig, make_config
+from megatron_r1z.data.prompts import PromptSet, PromptStream
 from megatron_r1z.errors import Interrupted, TrainingError
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Estimates, Run, RunState, choose_groups, make_batches, make_estimates, make_samples, sample_groups, train
-from megatron_r1z.metrics import Metrics, SilentLog
 from megatron_r1z.objective import AGGREGATIONS, OBJECTIVES, centred, estimated
 from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules
-from megatron_r1z.prompts import PromptSet, PromptStream
 from megatron_r1z.protocols import Sampling
+from megatron_r1z.record.metrics import Metrics, SilentLog
 from megatron_r1z.types import (
     FinishReason,
     GradedGroup,
@@ -542,7 +542,7 @@ def test_waiting_for_the_groups_of_other_ranks_is_not_grading(monkeypatch: pytes
     run, script = make_run(prompts=1, samples=2, batch=2), Scripted([[[0.0, 1.0]]])
     run.prompts = run.engine = run.grader = script  # type: ignore[assignment]
     clock = iter(range(100))
-    monkeypatch.setattr("megatron_r1z.metrics.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("megatron_r1z.record.metrics.time.perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr("megatron_r1z.loop.ranks.gather", lambda items: [next(clock) for _ in range(7)] and items)
     sample_groups(run, 3)
     assert run.watch.lap() == {"time/rollout_s": 1.0, "time/grade_s": 1.0, "time/gather_s": 10.0}

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_r1z import preflight
-from megatron_r1z.changes import record_work
 from megatron_r1z.config import AnalyseConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config, make_config
+from megatron_r1z.data.changes import record_work
 from megatron_r1z.errors import ConfigError, DataError, MissingExtraError, UsageError
 from megatron_r1z.layout.families import hf_tensors, load_shape
 from megatron_r1z.preflight import check_analyse, check_evaluate, check_pretrain, check_train, require_libraries

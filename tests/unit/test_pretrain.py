@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("megatron.core")
 
-from megatron_r1z.corpus import Document
+from megatron_r1z.data.corpus import Document
 from megatron_r1z.layout.topology import Coordinates, Topology
 from megatron_r1z.objective import PolicyTokens
 from megatron_r1z.packing import MicroBatch, PackingRules

@@ -13,13 +13,13 @@ import torch
 
 from megatron_r1z import assemble, ranks
 from megatron_r1z.config import EvaluateConfig, make_config
-from megatron_r1z.export_plan import plan_shards, plan_waves
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.plan import Edge, Plan
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.reshard.quantise import plans_by_format
-from tests.unit.test_export_plan import SHAPE
+from megatron_r1z.weights.export_plan import plan_shards, plan_waves
+from tests.unit.weights.test_export_plan import SHAPE
 
 
 def crossing(plan: Plan, per_node: int) -> int:

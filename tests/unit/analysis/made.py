@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_r1z.analysis.examine import Examined, ExaminedQuestion, Judgement, find_keywords
 from megatron_r1z.config import REFLECTION_KEYWORDS
-from megatron_r1z.scores import Attempt
+from megatron_r1z.evaluation.scores import Attempt
 from megatron_r1z.types import FinishReason, VerdictKind
 
 LETTERS = {

@@ -12,11 +12,11 @@ import pytest
 from megatron_r1z.analysis import analyse, judge
 from megatron_r1z.analysis.analyse import Analysis, Cell, OnDemand, cells_of, finish, sample
 from megatron_r1z.config import AnalyseConfig, make_config
-from megatron_r1z.evaluate import Evaluation, evaluation_sampling
-from megatron_r1z.metrics import SilentLog
-from megatron_r1z.prompts import PromptSet
+from megatron_r1z.data.prompts import PromptSet
+from megatron_r1z.evaluation.evaluate import Evaluation, evaluation_sampling
+from megatron_r1z.host.supervisor import StopFlag
 from megatron_r1z.protocols import Sampling
-from megatron_r1z.supervisor import StopFlag
+from megatron_r1z.record.metrics import SilentLog
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Verdict, VerdictKind
 
 QUESTIONS = 6

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_r1z.analysis.examine import ExaminedQuestion, Judgement
 from megatron_r1z.analysis.figures import best_cell, make_effect, make_figures, make_outcomes, make_spread, share_of
-from megatron_r1z.scores import clustered_interval, interval
+from megatron_r1z.evaluation.scores import clustered_interval, interval
 from tests.unit.analysis.made import make_question, make_response
 
 

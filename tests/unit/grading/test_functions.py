@@ -241,13 +241,13 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("value", "number"), NUMBERS, ids=repr)
+@pytest.mark.parametrize(("value", "number"), NUMBERS, ids=lambda value: type(value).__name__)
 def test_what_is_a_number_whoever_made_it(value: object, number: float) -> None:
     assert to_number(value) == number
     assert type(to_number(value)) is float
 
 
-@pytest.mark.parametrize("value", OTHERS, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize("value", OTHERS, ids=lambda value: type(value).__name__)
 def test_what_is_not_a_finite_number_is_told(value: object) -> None:
     with pytest.raises(ValueError, match=r"^the reward is .*; it must be a finite number$"):
         to_number(value)

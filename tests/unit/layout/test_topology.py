@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_r1z.cost.refit_report import read_policy
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.topology import ExpertCoordinates, Topology
-from megatron_r1z.plan_report import read_policy
 
 
 def test_tp_is_the_fastest_axis_and_pp_the_slowest() -> None:

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from megatron_r1z.checkpoint import load_weights, save_weights
 from megatron_r1z.config import ParallelConfig, PrecisionConfig
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
@@ -24,6 +23,7 @@ from megatron_r1z.policy.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParall
 from megatron_r1z.policy.local_layers import RMSNorm
 from megatron_r1z.policy.parallel import start_megatron
 from megatron_r1z.policy.policy import MegatronPolicy
+from megatron_r1z.weights.checkpoint import load_weights, save_weights
 
 SHAPE = ModelShape("qwen3", 2, 128, 1, 1, 128, 128, 311, False, False, True, 1e4, None, 1e-6, 512)
 BYTES = torch.arange(5, dtype=torch.uint8)

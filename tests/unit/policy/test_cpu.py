@@ -1,4 +1,4 @@
-"""What `policy/cpu.py` and `checkpoint.py` rely on, so that an upgrade shows here and not in a run."""
+"""What `policy/cpu.py` and `weights/checkpoint.py` rely on, so that an upgrade shows here and not in a run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if torch.version.cuda is not None:
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import random
 
-from megatron_r1z import checkpoint
 from megatron_r1z.policy.cpu import megatron_device, prepare_process
+from megatron_r1z.weights import checkpoint
 
 REPLACED = ("current_device", "synchronize", "current_stream", "_queued_calls")
 

@@ -18,8 +18,8 @@ pytest.importorskip("megatron.core")
 from megatron.core import parallel_state
 
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.metrics import critic_metrics, update_metrics
 from megatron_r1z.policy.parallel import start_megatron
+from megatron_r1z.record.metrics import critic_metrics, update_metrics
 from megatron_r1z.types import Sample
 from tests.unit.policy.step_ranks import ALGORITHM, VALUE_CLIP, Table, Told, stats_of
 

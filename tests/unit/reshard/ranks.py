@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1z.errors import RefitError
-from megatron_r1z.export import load_hf_weights, save_hf
+from megatron_r1z.host.shared_memory import SharedCopies
 from megatron_r1z.layout.blocks import Layout, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.plan import make_plan
@@ -28,7 +28,7 @@ from megatron_r1z.protocols import Result
 from megatron_r1z.reshard.links import Links, Seen, Wire
 from megatron_r1z.reshard.once import execute
 from megatron_r1z.reshard.refit import Refit
-from megatron_r1z.shared_memory import SharedCopies
+from megatron_r1z.weights.export import load_hf_weights, save_hf
 
 Replace = Callable[[Links], Links]
 SHAPE = ModelShape("qwen2", 4, 16, 4, 2, 4, 24, 311, True, True, False, 1e4, None, 1e-6, 128)

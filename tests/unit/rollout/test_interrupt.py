@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 from megatron_r1z.errors import Interrupted
+from megatron_r1z.host.supervisor import StopFlag
 from megatron_r1z.rollout.vllm_engine import STEPS_BETWEEN_LOOKS, EngineSettings, VllmEngine
-from megatron_r1z.supervisor import StopFlag
 
 
 @dataclass

@@ -1,0 +1,1 @@
+from megatron_r1z.config.schema import *
