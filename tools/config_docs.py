@@ -1,4 +1,4 @@
-"""Print docs/configuration.md: an introduction and a table of fields for every section of `megatron_r1z/config/schema.py`.
+"""Print docs/configuration.md: an introduction and a table of fields for every section of `megatron_r1z/config/`.
 
     python tools/config_docs.py > docs/configuration.md
 
@@ -22,7 +22,7 @@ from megatron_r1z import config
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by tools/config_docs.py from the records of megatron_r1z/config/schema.py; change them, then run
+<!-- Written by tools/config_docs.py from the records of megatron_r1z/config/; change them, then run
      `python tools/config_docs.py > docs/configuration.md`. -->
 
 A run is one YAML file with the sections below. `train` reads all of them but `corpus` and `analysis`; `pretrain`, `evaluate` and
