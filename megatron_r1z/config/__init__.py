@@ -16,6 +16,10 @@ from megatron_r1z.config.training import Algorithm, AlgorithmConfig, CheckpointC
 from megatron_r1z.config.writing import dump_config, leaves, to_tree
 
 __all__ = [
+    "ITEMSIZE",
+    "LAUNCH",
+    "REFLECTION_KEYWORDS",
+    "TRAINING_SECTIONS",
     "Algorithm",
     "AlgorithmConfig",
     "AnalyseConfig",
@@ -32,11 +36,9 @@ __all__ = [
     "Fp8Recipe",
     "GradingConfig",
     "GradingMode",
-    "ITEMSIZE",
     "JudgeConfig",
     "KlEstimator",
     "KlPlace",
-    "LAUNCH",
     "LaunchConfig",
     "LoggingConfig",
     "ModelConfig",
@@ -46,7 +48,6 @@ __all__ = [
     "PrecisionConfig",
     "PretrainConfig",
     "QuestionSource",
-    "REFLECTION_KEYWORDS",
     "Recompute",
     "RefitWay",
     "RewardForm",
@@ -54,7 +55,6 @@ __all__ = [
     "RowSource",
     "Scalar",
     "SshConfig",
-    "TRAINING_SECTIONS",
     "Template",
     "TextSource",
     "TrainConfig",

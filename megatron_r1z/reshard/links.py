@@ -1,8 +1,7 @@
 """How a rank comes by the weights of another: it reads them where they are, or they travel packed through the process group.
 
 The ranks of one machine without GPUs read each other's parameters in place, if those lie in memory that others can map
-(`host/shared_memory.py`). On GPUs two ranks do so where they share a GPU, which NCCL cannot connect (CUDA IPC; **not run on a GPU**). All
-other pairs of ranks use the process group: gloo or NCCL.
+(`host/shared_memory.py`). All other pairs of ranks use the process group: gloo or NCCL.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_r1z.host.shared_memory import SharedFile
 from megatron_r1z.layout.plan import RankPlan
@@ -73,10 +71,6 @@ class Window:
             self._addresses = addresses
             self._places.write(pickle.dumps({name: _place(tensor) for name, tensor in parameters.items()}))
             self._edition += 1
-        for tensor in parameters.values():
-            if tensor.is_cuda:  # another process does not see this one's stream
-                torch.cuda.synchronize(tensor.device)
-            break
         self._begun += 1
 
 
@@ -113,7 +107,7 @@ class Seen:
 
     def _map(self) -> Mapping[str, Tensor]:
         try:
-            places: dict[str, Any] = pickle.loads(Path(self._places_path).read_bytes())
+            places: dict[str, _Place] = pickle.loads(Path(self._places_path).read_bytes())
         except OSError as error:
             raise RuntimeError("its process has ended") from error
         files: dict[str, Tensor] = {}
@@ -157,7 +151,7 @@ def connect(part: RankPlan, source: Mapping[str, Tensor], process_group: dist.Pr
         process_group: whose members are the plan's ranks.
     """
     links = wires(part, process_group)
-    memory = _memory_name(next(iter(source.values()), torch.empty(0)).device)
+    memory = _memory_name()
     window = Window() if all(map(_can_be_mapped, source.values())) else None
     offers: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(offers, (part.rank, memory, window and window.handles), group=process_group)
@@ -185,7 +179,7 @@ class _Place(NamedTuple):
 
 
 def _can_be_mapped(tensor: Tensor) -> bool:
-    return tensor.is_cuda or _file_of(tensor).startswith("/proc/")
+    return tensor.device.type == "cpu" and _file_of(tensor).startswith("/proc/")
 
 
 def _file_of(tensor: Tensor) -> str:
@@ -193,30 +187,22 @@ def _file_of(tensor: Tensor) -> str:
     return tensor.untyped_storage().filename or ""
 
 
-def _place(tensor: Tensor) -> Any:
+def _place(tensor: Tensor) -> _Place:
     """What another process needs for `_tensor_at`."""
-    if tensor.is_cuda:
-        return reduce_tensor(tensor.detach())  # type: ignore[no-untyped-call]
     storage = tensor.untyped_storage()
     if not _can_be_mapped(tensor):
         raise RuntimeError(f"a parameter of shape {list(tensor.shape)} has left the memory that other ranks see")
     return _Place(_file_of(tensor), storage.nbytes(), tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
-def _tensor_at(place: Any, files: dict[str, Tensor]) -> Tensor:
+def _tensor_at(place: _Place, files: dict[str, Tensor]) -> Tensor:
     """The tensor of another process; `files` are those mapped so far."""
-    if not isinstance(place, _Place):
-        rebuild, arguments = place
-        rebuilt: Tensor = rebuild(*arguments)
-        return rebuilt
     if place.path not in files:
         files[place.path] = torch.from_file(place.path, shared=True, size=place.file_bytes, dtype=torch.uint8)
     return files[place.path].view(place.dtype).as_strided(place.size, place.stride, place.offset)
 
 
-def _memory_name(device: torch.device) -> str:
+def _memory_name() -> str:
     """Equal on ranks that can map each other's parameters."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_properties(device).uuid)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()} {os.getuid()}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,35 +18,37 @@ PACKAGE = Path(megatron_r1z.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 HEAVY = ["torch", "vllm", "megatron", "transformers", "numpy", "sympy"]
 
-# Files (a trailing slash: a folder) and what they may import beside the standard library and this package.
-ALLOWED = {
-    "types.py": set(),
-    "protocols.py": set(),
-    "errors.py": set(),
-    "config.py": {"yaml"},
-    "yaml_tree.py": {"yaml"},
-    "layout/": set(),
-    "hf_headers.py": set(),
-    "cost/": set(),
-    "launch/": {"nemo_run", "yaml"},
-    "model_checks.py": set(),
-    "objective.py": {"torch"},
-    "packing.py": {"torch"},
-    "supervisor.py": {"psutil"},
-    "analysis/examine.py": set(),
-    "analysis/figures.py": set(),
-    "analysis/report.py": set(),
-}
 # Libraries and the only places that may import them.
 HOMES = {
-    "megatron": ("policy/", "checkpoint.py", "indexed.py"),
+    "megatron": ("policy/", "weights/checkpoint.py", "data/indexed.py"),
     "transformer_engine": ("policy/",),
     "vllm": ("rollout/",),
     "nemo_run": ("launch/",),
     "openai": ("analysis/judge.py",),
     "matplotlib": ("analysis/plots.py",),
 }
-PARTS = ("policy", "rollout", "reshard")
+
+
+@dataclass(frozen=True)
+class Room:
+    """A row of the table: files of the root, or a folder (its name ends in a slash)."""
+
+    floor: int
+    libraries: frozenset[str]
+
+
+def read_rooms() -> dict[str, Room]:
+    """The table of docs/architecture.md."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| .+? \| (.*?) ?\|$", text, re.MULTILINE)
+    return {
+        name.strip("` "): Room(int(floor), frozenset(filter(None, libraries.split(", "))))
+        for floor, names, libraries in rows
+        for name in names.split(",")
+    }
+
+
+ROOMS = read_rooms()
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -81,11 +85,39 @@ def foreign(path: Path) -> set[str]:
     return {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names - {"megatron_r1z"}
 
 
-@pytest.mark.parametrize("place", ALLOWED)
-def test_light_files_import_only_what_the_table_allows(place: str) -> None:
-    files = {name: path for name, path in FILES.items() if is_in(name, place)}
-    assert files, f"the table names {place}, which does not exist"
-    assert {name: extra for name, path in files.items() if (extra := foreign(path) - ALLOWED[place])} == {}
+def room_of(name: str) -> str:
+    """The room of a file, given with its path in the package."""
+    folder, slash, _ = name.partition("/")
+    return folder + slash
+
+
+def floor_of(module: str) -> int | None:
+    """The floor of one of our modules, given with dots; None for the package itself."""
+    first = module.removeprefix("megatron_r1z").lstrip(".").partition(".")[0]
+    return next((ROOMS[name].floor for name in (f"{first}/", f"{first}.py") if name in ROOMS), None)
+
+
+def test_every_file_has_a_room_and_every_room_a_file() -> None:
+    assert {room_of(name) for name in FILES} - {"__init__.py"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_down(room: str) -> None:
+    files = {name: path for name, path in FILES.items() if room_of(name) == room}
+    own = f"megatron_r1z.{room.rstrip('/').removesuffix('.py')}"
+    others = {
+        f"{name} imports {module}": floor_of(module)
+        for name, path in files.items()
+        for module in imports(path)
+        if module.startswith("megatron_r1z") and module != own and not module.startswith(f"{own}.")
+    }
+    assert [what for what, floor in others.items() if floor is not None and floor >= ROOMS[room].floor] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_libraries_of_a_room_are_those_of_the_table(room: str) -> None:
+    found = {name: foreign(path) for name, path in FILES.items() if room_of(name) == room}
+    assert set().union(*found.values()) == ROOMS[room].libraries, found
 
 
 @pytest.mark.parametrize("library", HOMES)
@@ -93,31 +125,10 @@ def test_a_heavy_library_has_one_home(library: str) -> None:
     assert [name for name, path in FILES.items() if library in foreign(path) and not is_in(name, *HOMES[library])] == []
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_policy_rollout_and_reshard_do_not_import_each_other(part: str) -> None:
-    others = tuple(f"megatron_r1z.{other}" for other in PARTS if other != part)
-    found = {
-        name: module
-        for name, path in FILES.items()
-        if is_in(name, f"{part}/")
-        for module in imports(path)
-        if module.startswith(tuple(f"{other}." for other in others)) or module in others
-    }
-    assert found == {}
-
-
-def test_nobody_but_the_command_line_and_its_assembly_imports_the_loop() -> None:
-    """`assemble` builds the record of collaborators that `loop` defines; the command line is the only one to import both."""
-    found = [name for name, path in FILES.items() if "megatron_r1z.loop" in set(imports(path))]
-    assert [name for name in found if not is_in(name, "cli.py", "__main__.py", "assemble.py")] == []
-    found = [name for name, path in FILES.items() if "megatron_r1z.assemble" in set(imports(path))]
-    assert [name for name in found if not is_in(name, "cli.py", "__main__.py")] == []
-
-
 def light_modules() -> list[str]:
     """What a login node imports."""
-    names = ["config.py", "errors.py", "types.py", "protocols.py", "supervisor.py", *(name for name in FILES if is_in(name, "layout/"))]
-    names += [name for name in ("launch.py", "cli.py") if name in FILES]
+    names = ["cli.py", "errors.py", "types.py", "protocols.py", "host/supervisor.py"]
+    names += [name for name in FILES if is_in(name, "layout/", "config/", "cost/", "launch/job.py", "launch/sweep.py", "analysis/figures.py")]
     modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names]
     return ["megatron_r1z", *(f"megatron_r1z.{module}" for module in modules)]
 
