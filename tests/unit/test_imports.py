@@ -49,6 +49,8 @@ def read_rooms() -> dict[str, Room]:
 
 
 ROOMS = read_rooms()
+LIGHT = ("launch/job.py", "launch/sweep.py", "weights/hf_headers.py", "analysis/examine.py", "analysis/figures.py", "analysis/report.py")
+"""Files outside of light rooms that a login node imports, or that a worker process does."""
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -128,7 +130,7 @@ def test_a_heavy_library_has_one_home(library: str) -> None:
 def light_modules() -> list[str]:
     """What a login node imports."""
     names = ["cli.py", "errors.py", "types.py", "protocols.py", "host/supervisor.py"]
-    names += [name for name in FILES if is_in(name, "layout/", "config/", "cost/", "launch/job.py", "launch/sweep.py", "analysis/figures.py")]
+    names += [name for name in FILES if is_in(name, "layout/", "config/", "cost/", *LIGHT)]
     modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names]
     return ["megatron_r1z", *(f"megatron_r1z.{module}" for module in modules)]
 
