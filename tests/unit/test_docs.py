@@ -63,7 +63,7 @@ def produced_by_the_stages() -> set[str]:
 
 def timed() -> set[str]:
     """The phases that loop and pre-training time."""
-    calls = re.findall(r'\.phase\("(\w+)"\)', read("megatron_r1z/loop.py") + read("megatron_r1z/pretrain.py"))
+    calls = re.findall(r'(?:\.phase\(|_unless_stopped\(run, )"(\w+)"', read("megatron_r1z/loop.py") + read("megatron_r1z/pretrain.py"))
     return {f"time/{name}_s" for name in calls}
 
 
