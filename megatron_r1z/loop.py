@@ -2,15 +2,14 @@
 
     prompts -> rollout (vLLM) -> grade -> advantages -> pack -> Megatron update -> reshard -> vLLM
 
-Every rank runs this same program. `Run` lists the parts: `data/` draws questions, `rollout/` samples, `grading/` judges, `objective.py` and
-`packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over; `evaluation/`, `weights/` and `record/` keep what
-comes of it. `assemble.py` builds them.
+Every rank runs this same program. `Run` lists the parts: `data/` draws questions, `rollout/` samples, `grading/` judges, `samples.py`,
+`objective.py` and `packing.py` prepare the update, `policy/` makes it, `reshard/` hands the weights over; `evaluation/`, `weights/` and
+`record/` keep what comes of it. `assemble.py` builds them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +21,12 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 
 from megatron_r1z import ranks
-from megatron_r1z.config import AlgorithmConfig, TrainConfig
+from megatron_r1z.config import TrainConfig
 from megatron_r1z.data.prompts import PromptSet, PromptStream
 from megatron_r1z.evaluation.evaluate import evaluate_prompts, evaluation_metrics, evaluation_sampling
 from megatron_r1z.evaluation.scores import score
 from megatron_r1z.host.supervisor import StopFlag
-from megatron_r1z.objective import AGGREGATIONS, Aggregation, Objective, estimated, kl_estimate, token_rewards
+from megatron_r1z.objective import AGGREGATIONS, Aggregation, kl_estimate
 from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.policy import MegatronPolicy
@@ -39,16 +38,17 @@ from megatron_r1z.record.metrics import (
     Metrics,
     RunLog,
     Stopwatch,
-    critic_metrics,
     penalty_metrics,
     refit_metrics,
     rollout_metrics,
-    update_metrics,
+    step_metrics,
+    table_cells,
 )
 from megatron_r1z.record.receipts import save_receipt
 from megatron_r1z.record.rollouts import ROLLOUTS, save_rollouts
 from megatron_r1z.record.skips import Skips
-from megatron_r1z.types import FinishReason, GradedGroup, RefitReceipt, Sample, TokenFigures, UpdateStats, ValueStats
+from megatron_r1z.samples import Estimates, choose_groups, make_rows, make_samples
+from megatron_r1z.types import GradedGroup, RefitReceipt, Sample, TokenFigures, UpdateStats, ValueStats
 from megatron_r1z.weights.checkpoint import Checkpoints
 
 CERTIFICATE_GROUPS = 32
@@ -258,22 +258,6 @@ def _unless_stopped(run: Run, phase: str, work: Callable[[], Item]) -> Item | No
         return None if run.stopped() else result
 
 
-def choose_groups(graded: Sequence[GradedGroup], count: int) -> list[GradedGroup]:
-    """The `count` groups that are trained on: the first mixed ones, then, where these are too few, the first others; in their order."""
-    chosen = sorted(graded, key=lambda item: not item.is_mixed)[:count]
-    return sorted(chosen, key=lambda item: item.group.group_id)
-
-
-@dataclass(frozen=True)
-class Estimates:
-    """What models say of the response tokens before advantages are taken; None where nothing asks for it."""
-
-    divergences: TokenFigures | None = None
-    """From the reference model, of the policy that sampled; where rewards have a KL term."""
-    values: TokenFigures | None = None
-    """The critic's before each token."""
-
-
 def make_estimates(graded: Sequence[GradedGroup], run: Run) -> Estimates:
     """Passes over all responses that were judged, of the models that advantages need, none where none is asked for; all ranks call it."""
     algorithm = run.config.algorithm
@@ -296,74 +280,6 @@ def _divergences(run: Run, batches: Sequence[MicroBatch]) -> TokenFigures:
     estimator = run.config.algorithm.kl_estimator
     figures = [None if mine is None or other is None else kl_estimate(estimator, mine, other) for mine, other in pairs]
     return gather_figures(batches, figures, run.policy.topology)
-
-
-def make_rows(graded: Sequence[GradedGroup], temperature: float) -> list[Sample]:
-    """One row per response, in group order, without an advantage yet; `temperature` is what they were sampled at."""
-    return [
-        Sample(
-            sample_id=f"{item.group.group_id}/{index}",
-            token_ids=item.group.prompt.token_ids + response.token_ids,
-            prompt_length=len(item.group.prompt.token_ids),
-            advantage=0.0,
-            temperature=temperature,
-            engine_logprobs=response.logprobs,
-            policy_version=response.policy_version,
-        )
-        for item in graded
-        for index, response in enumerate(item.group.responses)
-    ]
-
-
-def make_samples(
-    graded: Sequence[GradedGroup],
-    objective: Aggregation,
-    temperature: float,
-    algorithm: AlgorithmConfig,
-    estimates: Estimates | None = None,
-) -> list[Sample]:
-    """The rows with their advantages: of the group's rewards or, under PPO, of the critic's values.
-
-    Each token pays for its divergence from the reference model where rewards have a KL term. With `mask_truncated` a response that ended at
-    the token limit gets advantage 0, after its reward went into those of its group. A response that was not judged is no sample: it is in
-    no baseline, and its row has advantage 0 and is not counted.
-    """
-    known = estimates or Estimates()
-    samples = []
-    for item in graded:
-        rows = make_rows([item], temperature)
-        judged = list(compress(rows, item.is_judged))
-        rewards = [
-            token_rewards(reward, row.response_length, algorithm.kl_coef, (known.divergences or {}).get(row.sample_id))
-            for row, reward in zip(judged, item.rewards, strict=True)
-        ]
-        if isinstance(objective, Objective):
-            made = _with_group_advantages(item, judged, objective.advantages([math.fsum(of_tokens) for of_tokens in rewards]), algorithm)
-        else:
-            made = [_with_token_advantages(*pair, known.values or {}, algorithm.gae_lambda) for pair in zip(judged, rewards, strict=True)]
-        by_id = {sample.sample_id: sample for sample in made}
-        samples += [by_id.get(row.sample_id, replace(row, is_counted=False)) for row in rows]
-    return samples
-
-
-def _with_token_advantages(row: Sample, rewards: Sequence[float], values: TokenFigures, decay: float) -> Sample:
-    before = values[row.sample_id]
-    return replace(row, advantage=tuple(estimated(rewards, before, decay)), values=tuple(before), has_further_terms=True)
-
-
-def _with_group_advantages(
-    item: GradedGroup, rows: Sequence[Sample], advantages: Sequence[float], algorithm: AlgorithmConfig
-) -> list[Sample]:
-    is_counted = item.is_mixed or not algorithm.filter_groups
-    return [
-        replace(
-            row,
-            advantage=0.0 if algorithm.mask_truncated and response.finish_reason is FinishReason.LENGTH else advantage,
-            is_counted=is_counted,
-            has_further_terms=algorithm.has_further_terms and is_counted,
-        )
-        for row, response, advantage in zip(rows, compress(item.group.responses, item.is_judged), advantages, strict=True)
-    ]
 
 
 def make_batches(samples: Sequence[Sample], run: Run, iteration: int) -> tuple[list[GlobalBatch], dict[str, int]]:
@@ -462,15 +378,11 @@ def _record(
     first = run.state.steps - len(stats)
     if len(stats) > 1:
         for index in range(len(stats)):
-            run.log.write("step", first + index + 1, _figures(stats[index : index + 1], critic_stats[index : index + 1]))
+            run.log.write("step", first + index + 1, step_metrics(stats[index : index + 1], critic_stats[index : index + 1]))
     refit = {} if receipt is None else refit_metrics(receipt)
-    metrics = rollout | _figures(stats, critic_stats) | refit | run.watch.lap()
+    metrics = rollout | step_metrics(stats, critic_stats) | refit | run.watch.lap()
     run.log.write("iteration", run.state.iteration, metrics)
-    run.log.row(_cells(run.state.iteration, metrics))
-
-
-def _figures(stats: Sequence[UpdateStats], critic_stats: Sequence[ValueStats]) -> Metrics:
-    return update_metrics(stats) | (critic_metrics(critic_stats) if critic_stats else {})
+    run.log.row(table_cells(run.state.iteration, metrics))
 
 
 def _advise(run: Run, graded: Sequence[GradedGroup], samples: Sequence[Sample]) -> None:
@@ -488,23 +400,3 @@ def _count_skips(
         warning = skips.count(run.state.steps - len(stats) + index + 1, item, members)
         if warning is not None:
             run.log.say(warning)
-
-
-def _cells(iteration: int, metrics: Metrics) -> dict[str, str]:
-    def show(name: str, form: str, unit: str = "") -> str:
-        return format(metrics[name], form) + unit if name in metrics else "-"
-
-    return {
-        "iteration": str(iteration),
-        "reward": show("rollout/reward_mean", ".3f"),
-        "length": show("rollout/length_mean_tokens", ".1f"),
-        "right": show("rollout/length_right_tokens", ".1f"),
-        "wrong": show("rollout/length_wrong_tokens", ".1f"),
-        "cut": show("rollout/truncated_share", ".1%"),
-        "loss": show("update/loss", ".5f"),
-        "gradient": show("update/grad_norm", ".4f"),
-        "mismatch": show("update/mismatch_max_nats", ".1e"),
-        "rollout": show("time/rollout_s", ".2f", "s"),
-        "update": show("time/update_s", ".2f", "s"),
-        "refit": show("refit/seconds_s", ".3f", "s"),
-    }

@@ -147,6 +147,33 @@ def refit_metrics(receipt: RefitReceipt) -> Metrics:
     return {"refit/bytes": float(receipt.nbytes), "refit/seconds_s": receipt.seconds}
 
 
+def step_metrics(stats: Sequence[UpdateStats], critic_stats: Sequence[ValueStats]) -> Metrics:
+    """The figures of optimizer steps together, of policy and, where there is one, critic."""
+    return update_metrics(stats) | (critic_metrics(critic_stats) if critic_stats else {})
+
+
+def table_cells(iteration: int, metrics: Metrics) -> dict[str, str]:
+    """What the row of an iteration in the table on the terminal shows."""
+
+    def show(name: str, form: str, unit: str = "") -> str:
+        return format(metrics[name], form) + unit if name in metrics else "-"
+
+    return {
+        "iteration": str(iteration),
+        "reward": show("rollout/reward_mean", ".3f"),
+        "length": show("rollout/length_mean_tokens", ".1f"),
+        "right": show("rollout/length_right_tokens", ".1f"),
+        "wrong": show("rollout/length_wrong_tokens", ".1f"),
+        "cut": show("rollout/truncated_share", ".1%"),
+        "loss": show("update/loss", ".5f"),
+        "gradient": show("update/grad_norm", ".4f"),
+        "mismatch": show("update/mismatch_max_nats", ".1e"),
+        "rollout": show("time/rollout_s", ".2f", "s"),
+        "update": show("time/update_s", ".2f", "s"),
+        "refit": show("refit/seconds_s", ".3f", "s"),
+    }
+
+
 class Console:
     """Tells a person what is going on."""
 

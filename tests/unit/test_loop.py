@@ -26,11 +26,12 @@ from megatron_r1z.config import AlgorithmConfig, TrainConfig, make_config
 from megatron_r1z.data.prompts import PromptSet, PromptStream
 from megatron_r1z.errors import Interrupted, TrainingError
 from megatron_r1z.layout.topology import Topology
-from megatron_r1z.loop import Estimates, Run, RunState, choose_groups, make_batches, make_estimates, make_samples, sample_groups, train
+from megatron_r1z.loop import Run, RunState, make_batches, make_estimates, sample_groups, train
 from megatron_r1z.objective import AGGREGATIONS, OBJECTIVES, centred, estimated
 from megatron_r1z.packing import GlobalBatch, MicroBatch, PackingRules
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.record.metrics import Metrics, SilentLog
+from megatron_r1z.samples import Estimates, choose_groups, make_samples
 from megatron_r1z.types import (
     FinishReason,
     GradedGroup,

@@ -17,12 +17,18 @@ from megatron_r1z.record.result_files import append_rows, keep_rows, read_rows, 
 
 PACKAGE = Path(megatron_r1z.__file__).parent
 OTHER_WRITERS = {
-    "result_files.py": "the writer itself",
-    "hf_files.py": "the formats of Hugging Face, which may hold Infinity",
+    "record/result_files.py": "the writer itself",
+    "weights/hf_files.py": "the formats of Hugging Face, which may hold Infinity",
+    "weights/checkpoint.py": "cursors, which are whole numbers",
+    "weights/model_folder.py": "a message",
+    "layout/families.py": "messages",
+    "layout/rope.py": "messages",
+    "layout/config_fields.py": "messages",
     "analysis/judge.py": "text that is hashed",
-    "checkpoint.py": "cursors, which are whole numbers",
+    "data/inputs.py": "digests",
     "assemble.py": "versions",
-    "supervisor.py": "the error of a rank",
+    "host/segments.py": "numbers of files",
+    "host/supervisor.py": "the error of a rank",
 }
 """Files that may call `json.dump` or `json.dumps` themselves: they write no figures."""
 FLOATS = st.floats() | st.integers() | st.none() | st.text()
