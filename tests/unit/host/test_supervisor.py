@@ -447,7 +447,7 @@ def test_ranks_of_torchrun_have_the_time_that_launch_gives_them(tmp_path: Path) 
 
 def grace_of_launch(seconds: int) -> dict[str, str]:
     """The variable of torchrun that `launch` sets, as its source has it: that module needs nemo-run."""
-    source = (Path(supervisor.__file__).parent / "launch" / "executors.py").read_text()
+    source = (Path(supervisor.__file__).parents[1] / "launch" / "executors.py").read_text()
     (name,) = re.findall(r'"(\w+_SHUTDOWN_TIMEOUT)": str\(math.ceil\(job.config.parallel.grace_s\)\)', source)
     return {name: str(seconds)}
 
