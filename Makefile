@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 NONE_IS_FINE := || { status=$$?; $(if $(PYTEST_ARGS),[ $$status -eq 5 ] ||,) exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help env launch-env quickstart test test-megatron-latest invariance check format clean
+.PHONY: help env launch-env gpu-env gpu-env-full quickstart test test-megatron-latest invariance check format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,12 @@ env: ## create or update .venv (CPU, Python 3.11): about 2 minutes, 3.5 GB
 
 launch-env: ## create or update .venv-launch, which `megatron-r1z launch` needs (nemo-run, no torch): about 1 minute, 0.6 GB
 	@bash tools/make_env.sh .venv-launch launch
+
+gpu-env: ## create or update .venv-gpu (Python 3.12): what runs on GPUs, but for what is compiled: about 10 minutes, 11 GB
+	@bash tools/make_env.sh .venv-gpu gpu-host,dev python3.12
+
+gpu-env-full: ## the same with Transformer Engine compiled, as on a cluster: 20 to 40 minutes more on two cores
+	@bash tools/make_env.sh .venv-gpu gpu,dev python3.12
 
 quickstart: env ## train a small model on this machine's CPU, from nothing to a report
 	@bash examples/quickstart/run.sh
