@@ -21,9 +21,13 @@ from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
 from megatron_r1z.checkpoint import Checkpoints, load_weights
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig, dump_config
 from megatron_r1z.corpus import DocumentStream, load_texts
+from megatron_r1z.cost.checks import check_engine_room
+from megatron_r1z.cost.engine_memory import EngineMemory
+from megatron_r1z.cost.formats import engine_format
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.export import load_hf_weights, save_hf
+from megatron_r1z.float32 import keep_float32
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
@@ -80,6 +84,7 @@ def joined_ranks(config: Settings) -> Iterator[None]:
     """Inside, this rank is part of the default process group."""
     check_world_size(config.parallel.num_ranks)
     torch.set_num_threads(config.parallel.threads_per_rank)
+    keep_float32(config.precision)
     start_process_group()
     yield
     if dist.is_initialized():  # an engine that was closed has ended it
@@ -233,6 +238,7 @@ def matrices_in_fp8(config: TrainConfig | EvaluateConfig, shape: ModelShape, *so
 
 
 def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matrices: Collection[str]) -> VllmEngine:
+    _check_engine_room(config, shape)
     return VllmEngine(
         EngineSettings(
             model_folder=config.model.path,
@@ -247,6 +253,14 @@ def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matric
             not_in_fp8=tuple(modules_to_not_convert(shape, matrices)) if config.precision.engine == "fp8" else None,
         )
     )
+
+
+def _check_engine_room(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
+    """What is left beside a policy shows only when it is there."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        memory = EngineMemory(shape, config.rollout, engine_format(config.precision), config.max_model_tokens)
+        check_engine_room(memory, torch.cuda.mem_get_info()[0])
 
 
 def make_refit(

@@ -149,8 +149,6 @@ class Fp8Config:
     recipe: Fp8Recipe = "blockwise"
     """Where scales come from. `blockwise`: from blocks of 1 x 128 and 128 x 128 (Hopper and newer, and emulated without a GPU); `mxfp8`:
     from 32 elements (Blackwell); `tensorwise`: from the tensor; `delayed`: from the tensor's history."""
-    param: bool = False
-    """Keep the weights of these products in FP8 alone, beside the optimizer's fp32 ones. Needs a GPU and `optimizer.distributed`."""
     first_layers_bf16: int = 0
     """So many layers at the beginning stay in bf16."""
     last_layers_bf16: int = 0
@@ -754,11 +752,6 @@ class TrainConfig:
                 f"algorithm.train_batch_size {step} does not divide the {samples} samples of an iteration "
                 f"({self.rollout.prompts_per_iteration} prompts x {self.rollout.samples_per_prompt}); "
                 f"the largest that does below it is {_largest_divisor(samples, step)}."
-            )
-        if self.algorithm.kl_coef and self.precision.policy == "fp8" and self.precision.fp8.param:
-            raise ConfigError(
-                f"algorithm.kl_coef is {self.algorithm.kl_coef}, and the reference model's weights take the place of the policy's for a "
-                "pass, which weights in FP8 alone do not survive to the bit; set precision.fp8.param=false."
             )
         if self.rollout.samples_per_prompt == 1 and not self.algorithm.has_critic:
             raise ConfigError("an advantage compares the samples of a prompt; rollout.samples_per_prompt is 1 and must be at least 2.")
