@@ -96,7 +96,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_r1z", "megatron_r1z.*"]),
-    package_data={"megatron_r1z": ["py.typed", "**/*.txt", "**/*.json", "**/*.html", "**/*.yaml"]},
+    package_data={"megatron_r1z": ["py.typed", "**/*.txt", "**/*.json", "**/*.html", "**/*.yaml", "**/*.c"]},
     install_requires=["pyyaml>=6.0"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-r1z = megatron_r1z.cli:main"]},
