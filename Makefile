@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 NONE_IS_FINE := || { status=$$?; $(if $(PYTEST_ARGS),[ $$status -eq 5 ] ||,) exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help env launch-env gpu-env gpu-env-full quickstart test test-megatron-latest invariance check format clean
+.PHONY: help env launch-env gpu-env gpu-env-full quickstart test test-megatron-latest test-gpu-stack invariance check format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,12 @@ invariance: env ## measure every layout against the float64 reference and write 
 test-megatron-latest: ## the layouts and the table with the megatron-core of the GPU environment (Python 3.12, no vLLM; 6 GB)
 	@bash tools/make_env.sh .venv-latest latest,dev python3.12
 	@OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -q tests/unit/layout tests/unit/fp8 tests/loop/test_layouts.py tests/loop/test_fp8.py $(PYTEST_ARGS)
+
+test-gpu-stack: gpu-env ## everything of a GPU but kernels, on a machine without one: unit tests, layouts, whole steps, engines
+	@echo "== unit tests (tests/unit) =="
+	@PYTHONPATH=tests/gpu_stack/hidden OMP_NUM_THREADS=1 .venv-gpu/bin/python -m pytest -q --numprocesses auto --dist loadfile tests/unit $(PYTEST_ARGS) $(NONE_IS_FINE)
+	@echo "== rehearsals (tests/gpu_stack) =="
+	@OMP_NUM_THREADS=1 .venv-gpu/bin/python -m pytest -q tests/gpu_stack $(PYTEST_ARGS) $(NONE_IS_FINE)
 
 check: env ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

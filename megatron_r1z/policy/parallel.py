@@ -24,8 +24,8 @@ def start_process_group(timeout_s: float = 1800.0) -> None:
     """Join the default group that torchrun's environment describes: gloo for CPU tensors, NCCL for CUDA tensors.
 
     All ranks take part in NCCL's first operation, which connects them: a first one of some ranks only, such as a refit's, is undefined
-    (`torch.distributed.batch_isend_irecv`). The group is not bound to the device: torch would connect each of Megatron's groups at once, used
-    or not, and keep NCCL's buffers for all of them.
+    (`torch.distributed.batch_isend_irecv`). The group is not bound to the device: torch would connect each of Megatron's groups at once,
+    used or not, and keep NCCL's buffers for all of them.
     """
     _name_interface()
     patience = timedelta(seconds=timeout_s)

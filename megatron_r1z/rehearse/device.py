@@ -148,6 +148,7 @@ def _properties(device: Device) -> SimpleNamespace:
         total_memory=device.memory_bytes,
         multi_processor_count=device.num_multiprocessors,
         gcnArchName="",
+        is_integrated=False,
         warp_size=32,
         L2_cache_size=50 << 20,
         max_threads_per_multi_processor=2048,

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from megatron_r1z.rehearse.versions import check_versions
 
 STEPS = 2
 """The moments of Adam come with the first one."""
-LIBRARIES = ("megatron", "transformer_engine", "torch")
+LIBRARIES = ("megatron", "transformer_engine", "torch", "vllm")
 
 
 def play(task: Task) -> Found:
@@ -190,21 +190,22 @@ def heard() -> Iterator[list[str]]:
 
 def _library(filename: str) -> str:
     parts = filename.replace("\\", "/").split("/")
-    return next((name for name in (*LIBRARIES, "vllm", "megatron_r1z") if name in parts), parts[-1])
+    return next((name for name in (*LIBRARIES, "megatron_r1z") if name in parts), parts[-1])
+
+
+def run_role(play: Callable[[Task], Found], argv: Sequence[str]) -> int:
+    """A role as a program: what it found, or what was refused, as its last line."""
+    task = read_task(list(argv))
+    try:
+        say(play(task))
+    except Exception as error:  # noqa: BLE001  # whatever a library raises is what it refuses
+        refuse(error)
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:
     """The program."""
-    task = read_task(list(argv))
-    try:
-        say(play(task))
-    except (ImportError, AttributeError, NotImplementedError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except Exception as error:  # noqa: BLE001  # whatever a library raises, that is what it refuses
-        refuse(error)
-        if logging.getLogger("megatron_r1z").isEnabledFor(logging.DEBUG):
-            raise
-    return 0
+    return run_role(play, argv)
 
 
 if __name__ == "__main__":

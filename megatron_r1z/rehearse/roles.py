@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +127,7 @@ def refuse(error: BaseException) -> None:
     """The same where a library or this package refused what it was given."""
     text = str(error) if isinstance(error, R1ZError) else f"{type(error).__module__}.{type(error).__name__}: {error}"
     sys.stdout.write(MARK + json.dumps({"refusal": text}) + "\n")
+    traceback.print_exception(error)
 
 
 def make_task(config: TrainConfig, path: str, overrides: tuple[str, ...], rank: int, **device: Any) -> Task:

@@ -97,8 +97,8 @@ def test_a_linear_layer_keeps_its_weight_and_computes_with_what_is_written_into_
 
 def test_without_the_switches_vllm_takes_the_weight_away(vllm: Any) -> None:
     """The reason for them; when vLLM no longer does this, they can go."""
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+    if torch.version.cuda is not None:
+        pytest.skip("not a CPU environment")
     layer = torch.nn.Linear(128, 256, bias=False).requires_grad_(False)
     vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     assert layer.weight.numel() == 0
