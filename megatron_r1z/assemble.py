@@ -39,6 +39,7 @@ from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.metrics import Console, RunLog, SilentLog
 from megatron_r1z.objective import make_loss
+from megatron_r1z.policy.attention import Attention, check_attention, chosen_attention
 from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
@@ -115,6 +116,14 @@ def make_policy(config: Settings, weights: Weights) -> MegatronPolicy:
     else:
         load_hf_weights(config.model.path, weights.shape, weights.layout, dist.get_rank(), policy.parameters())
     return policy
+
+
+def _attention(config: TrainConfig | PretrainConfig) -> Attention:
+    """Of the policy on this GPU, refused where it keeps scores."""
+    longest = config.max_model_tokens if isinstance(config, TrainConfig) else config.corpus.max_document_tokens
+    found = chosen_attention(load_shape(config.model.path), config.parallel, longest)
+    check_attention(found, config.parallel, longest)
+    return found
 
 
 def make_critic(config: TrainConfig, weights: Weights, policy: MegatronPolicy) -> MegatronCritic:
@@ -295,6 +304,8 @@ def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | Eva
 def _say_precision(log: Console, config: TrainConfig | PretrainConfig) -> None:
     if config.precision.policy == "fp8":
         log.say(f"policy: {describe(config.precision.fp8, read_facts())}")
+    if has_transformer_engine() and config.precision.policy != "fp32":
+        log.say(f"policy: {_attention(config)} attention")
 
 
 @contextmanager

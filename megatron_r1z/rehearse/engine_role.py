@@ -62,6 +62,7 @@ def _play(task: Task, config: TrainConfig, folder: Path) -> dict[str, Any]:
     from vllm import EngineArgs
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
+    from vllm.usage.usage_lib import UsageContext
 
     from megatron_r1z.rehearse.live import LiveBytes
     from megatron_r1z.rehearse.platform import pretend_groups_of_engine
@@ -83,7 +84,7 @@ def _play(task: Task, config: TrainConfig, folder: Path) -> dict[str, Any]:
         not_in_fp8=tuple(modules_to_not_convert(shape, matrices)) if config.precision.engine == "fp8" else None,
     )
     arguments = engine_arguments(settings)
-    engine = EngineArgs(**arguments, skip_tokenizer_init=True).create_engine_config()
+    engine = EngineArgs(**arguments, skip_tokenizer_init=True).create_engine_config(UsageContext.LLM_CLASS)
     phases = [Phase("configuration", 0, 0, time.monotonic() - start)]
     start_world(task.rank, tp)
     pretend_groups_of_engine(task.rank, tp)

@@ -56,6 +56,7 @@ def _play(task: Task, said: list[str]) -> Found:
 
     from megatron_r1z.objective import make_loss
     from megatron_r1z.policy import trained
+    from megatron_r1z.policy.attention import check_attention, chosen_attention
     from megatron_r1z.policy.parallel import start_megatron
     from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
     from megatron_r1z.rehearse import kernels
@@ -74,6 +75,8 @@ def _play(task: Task, said: list[str]) -> Found:
         policy = MegatronPolicy(config, shape, topology, padded_vocab_size=padded_vocab_size(shape.vocab_size, multiple))
         differences, count = _compare_layout(config, shape, task.rank, policy.parameters())
         phases.end("weights")
+        if config.precision.policy != "fp32":
+            check_attention(chosen_attention(shape, config.parallel, config.max_model_tokens), config.parallel, config.max_model_tokens)
         policy.start_training(make_loss(config.algorithm), config.optimizer)
         phases.end("gradients and master weights")
         batch = _batch(config, policy, task)
