@@ -98,8 +98,10 @@ install() {
 }
 
 install_for_gpu() {
+    local first=",$extras,"
+    first=${first/,gpu,/,gpu-host,}
     pip_install "setuptools>=77" wheel ninja pybind11
-    pip_install --editable ".[${extras/#gpu,/gpu-host,}]"
+    pip_install --editable ".[${first:1:-1}]"
     if has gpu; then
         compile_transformer_engine
         pip_install --no-build-isolation --find-links "$wheels" --editable ".[$extras]"

@@ -51,9 +51,10 @@ def _pretend(task: Task, tp: int) -> None:
     pretend_device(device)
     prepare_import()
     pretend_groups()
-    from megatron_r1z.rehearse.platform import pretend_platform, stay_in_process
+    from megatron_r1z.rehearse.platform import pretend_deep_gemm, pretend_platform, stay_in_process
 
     pretend_platform(device)
+    pretend_deep_gemm(device.capability)
     stay_in_process()
 
 

@@ -42,6 +42,25 @@ def stay_in_process() -> None:
     registry._run_in_subprocess = lambda function: function()
 
 
+def pretend_deep_gemm(capability: tuple[int, int]) -> None:
+    """What of DeepGEMM is called while weights get ready: on Hopper it takes scales of 128 x 128 blocks as they are.
+
+    Raises:
+        NotImplementedError: on another GPU it packs them, in a layout that is not known here.
+    """
+    from vllm.utils import deep_gemm
+
+    def transform(sf: Any, *_arguments: Any, **_options: Any) -> Any:
+        if capability[0] != 9:
+            raise NotImplementedError(f"a rehearsal knows DeepGEMM's scales on Hopper alone, not on compute capability {capability}.")
+        return sf
+
+    module = deep_gemm._import_deep_gemm()
+    if module is not None:
+        module.set_pdl = _answering(None)
+        module.transform_sf_into_required_layout = transform
+
+
 def pretend_groups_of_engine(rank: int, tp: int) -> None:
     """vLLM's coordinators of process groups: this rank of an engine of `tp`, with nobody to talk to; after `world.start_world`."""
     import torch

@@ -28,7 +28,7 @@ EXPLAINED = {
         "calls among the libraries, of names that a later release drops; docs/gpu.md has those that concern us"
     ),
     r"Apex is not installed": "nothing of ours needs apex beside Transformer Engine",
-    r"CUDA_DEVICE_MAX_CONNECTIONS": "the launcher sets it for ranks with tensor parallelism; a rehearsal has none to overlap",
+    r"CUDA_DEVICE_MAX_CONNECTIONS": "speed alone: whether collectives of tensor parallelism overlap with products of the backward pass (docs/gpu.md)",
     r"full scope is deprecated": "of CUDA graphs, which the policy does not use",
     r"MLP requires ffn_hidden_size": "the configuration has it",
     r"full_param_layout not provided": "megatron-core computes the layout of its buffers itself",

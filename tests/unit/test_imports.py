@@ -36,9 +36,9 @@ ALLOWED = {
 }
 # Libraries and the only places that may import them.
 HOMES = {
-    "megatron": ("policy/", "checkpoint.py", "indexed.py"),
-    "transformer_engine": ("policy/",),
-    "vllm": ("rollout/",),
+    "megatron": ("policy/", "checkpoint.py", "indexed.py", "rehearse/"),
+    "transformer_engine": ("policy/", "rehearse/"),
+    "vllm": ("rollout/", "rehearse/"),
     "nemo_run": ("launch/",),
     "openai": ("analysis/judge.py",),
     "matplotlib": ("analysis/plots.py",),
