@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from megatron_r1z.config import TrainConfig, load_config
@@ -12,6 +10,7 @@ from megatron_r1z.cost.formats import policy_format
 from megatron_r1z.cost.policy_memory import PolicyMemory
 from megatron_r1z.layout.known import find_shape
 from megatron_r1z.rehearse.roles import Found
+from megatron_r1z.rehearse.said import unexplained
 from tests.gpu_stack.conftest import Rehearsed
 
 RUNS = {
@@ -23,32 +22,11 @@ RUNS = {
     "7b without recompute": ("qwen2.5-7b-h100", 0, "parallel.recompute=none"),
     "7b recomputed": ("qwen2.5-7b-h100", 0, "parallel.recompute=full"),
 }
-EXPLAINED = {
-    r"is deprecated|deprecated internal API|will be removed|IS DEPRECATED|_reduce_scatter_base|Please use `torch\.distributed": (
-        "calls among the libraries, of names that a later release drops; docs/gpu.md has those that concern us"
-    ),
-    r"Apex is not installed": "nothing of ours needs apex beside Transformer Engine",
-    r"CUDA_DEVICE_MAX_CONNECTIONS": "speed alone: whether collectives of tensor parallelism overlap with products of the backward pass (docs/gpu.md)",
-    r"full scope is deprecated": "of CUDA graphs, which the policy does not use",
-    r"MLP requires ffn_hidden_size": "the configuration has it",
-    r"full_param_layout not provided": "megatron-core computes the layout of its buffers itself",
-    r"is experimental": "a class of megatron-core that is registered and not used",
-    r"Accessing the data pointer of FakeTensor": "tensors of a rehearsal have no address",
-    r"tp_group is None": "the default group is the one that is meant",
-    r"is not in a CUDA|No CUDA runtime|TORCH_CUDA_ARCH": "there is no device",
-}
-"""Words of what libraries say, and why it is no matter. What is in none of them fails a test: a slow way, above all."""
 
 
 @pytest.fixture(params=RUNS, scope="session")
 def found(request: pytest.FixtureRequest, rehearsed: Rehearsed) -> Found:
     return rehearsed("policy_role", *RUNS[request.param])
-
-
-@pytest.fixture(scope="session")
-def run(request: pytest.FixtureRequest) -> tuple[str, int, tuple[str, ...]]:
-    name, rank, *overrides = RUNS[request.node.callspec.params["found"]]
-    return name, rank, tuple(overrides)
 
 
 def phase(found: Found, name: str) -> tuple[int, int]:
@@ -85,8 +63,7 @@ def test_the_state_for_a_checkpoint_is_made(found: Found) -> None:
 
 
 def test_nothing_is_said_that_is_not_explained(found: Found) -> None:
-    unexplained = [text for text in found.warnings if not any(re.search(pattern, text) for pattern in EXPLAINED)]
-    assert unexplained == []
+    assert unexplained(found.warnings) == []
 
 
 def test_fp8_travels_as_fp8(rehearsed: Rehearsed) -> None:

@@ -1,7 +1,8 @@
 """One data-parallel rank of `test_trained.py`: `distributed_ranks.py RANK NUM_RANKS FOLDER` trains, saves, loads and goes on.
 
-Leaves `rank_<RANK>.pt` with the weights of a policy that was never stopped, of one that was loaded, and of one that was loaded under
-another learning rate, behind the step that follows; by the optimizer of a GPU (`fused_adam.py`) and by torch's.
+Leaves `rank_<RANK>.pt` with the weights of a policy that was never stopped, of one that was loaded, of one that was loaded under another
+learning rate, and of one with more rows of padding in its vocabulary, behind the step that follows; by the optimizer of a GPU
+(`fused_adam.py`) and by torch's.
 """
 
 from __future__ import annotations
@@ -62,14 +63,18 @@ def results_of(folder: Path, *, distributed: bool) -> dict[str, dict[str, Tensor
     slower = make_policy(dataclasses.replace(config, lr=1e-3), seed=2)
     checkpoints.load(path, slower)
     take_step(slower, 3)
+    wider = make_policy(config, seed=2, padding=64)
+    checkpoints.load(path, wider)
+    take_step(wider, 3)
+    found["more padding"] = weights_of(wider)
     return found | {"never stopped": weights_of(trained), "gone on": weights_of(loaded), "slower": weights_of(slower)}
 
 
-def make_policy(config: OptimizerConfig, seed: int) -> MegatronPolicy:
+def make_policy(config: OptimizerConfig, seed: int, padding: int = 0) -> MegatronPolicy:
     settings = SimpleNamespace(
         model=None, parallel=ParallelConfig(num_ranks=dist.get_world_size()), precision=PrecisionConfig(policy="bf16")
     )
-    policy = MegatronPolicy(settings, SHAPE, settings.parallel.topology, padded_vocab_size=SHAPE.vocab_size)
+    policy = MegatronPolicy(settings, SHAPE, settings.parallel.topology, padded_vocab_size=SHAPE.vocab_size + padding)
     generator = torch.Generator().manual_seed(seed)
     for tensor in policy.parameters().values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator) / 8)

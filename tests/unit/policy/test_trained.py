@@ -38,6 +38,14 @@ def test_a_run_goes_on_with_another_learning_rate(ranks: Any, optimizer: str) ->
         assert near == pytest.approx(far / 10, rel=0.1)
 
 
+@pytest.mark.parametrize("optimizer", ["distributed", "whole"])
+def test_a_run_goes_on_with_more_padding_in_its_vocabulary(ranks: Any, optimizer: str) -> None:
+    """Which depends on the layer spec and on the tensor-parallel size."""
+    for found in (rank[optimizer] for rank in ranks):
+        wider = {name: tensor[: found["saved"][name].shape[0]] for name, tensor in found["more padding"].items()}
+        assert_equal(wider, found["never stopped"])
+
+
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
