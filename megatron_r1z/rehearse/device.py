@@ -134,8 +134,8 @@ def pretend_device(device: Device) -> None:
     torch.cuda.default_generators = (Generator(),) * device.count  # type: ignore[assignment]
     fake_tensor.init_gpu_context = _answering(None)
     FakeTensorMode.avoid_device_init = property(lambda _self: True)  # type: ignore[assignment, method-assign]
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]  # made there; fakes cannot be swapped
-    torch.Tensor.pin_memory = lambda self, *_arguments: self  # type: ignore[method-assign, assignment]  # torch has no fake kernel of it
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]  # made there; fakes cannot be swapped
+    torch.Tensor.pin_memory = lambda self, *_arguments: self  # type: ignore[method-assign]  # torch has no fake kernel of it
     _give_numbers()
 
 

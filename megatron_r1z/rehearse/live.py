@@ -15,11 +15,11 @@ BLOCK = 512
 """torch's allocator gives out multiples of this."""
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages of all tensors that are made inside, until they are dropped. What libraries take by themselves is not seen."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.most = 0
         """Since the last call of `restart`."""

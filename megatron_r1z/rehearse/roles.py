@@ -105,7 +105,8 @@ def rehearse(module: str, task: Task, timeout_s: float = 600.0) -> Found:
     tree = json.loads(found)
     if "refusal" in tree:
         raise UsageError(tree["refusal"])
-    return Found(**{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()} | {"phases": _phases(tree)})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    return Found(**values | {"phases": _phases(tree)})
 
 
 def _phases(tree: dict[str, Any]) -> tuple[Phase, ...]:

@@ -132,7 +132,11 @@ def test_arguments_of_a_cpu_engine(vllm: Any, prepared: dict[str, Any]) -> None:
 def test_with_cuda_vllm_is_left_as_it_is(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = vllm._custom_ops._supports_onednn, vllm.model_executor.layers.utils.check_cpu_sgl_kernel
-    assert cpu.prepare_engine(max_model_tokens=512) == {"distributed_executor_backend": "external_launcher"}
+    assert cpu.prepare_engine(max_model_tokens=512) == {
+        "distributed_executor_backend": "external_launcher",
+        "gpu_memory_utilization": cpu.GPU_MEMORY_UTILIZATION,
+    }
+    assert cpu.GPU_MEMORY_UTILIZATION < 0.05  # policy and optimizer take the rest
     assert (vllm._custom_ops._supports_onednn, vllm.model_executor.layers.utils.check_cpu_sgl_kernel) == before
 
 
