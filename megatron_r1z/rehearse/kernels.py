@@ -28,6 +28,7 @@ def shape_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {function.__name__: function for function in (*plain, *more, fp8_transpose)}
     for name in ("multi_tensor_adam", "multi_tensor_adam_param_remainder", "multi_tensor_scale", "multi_tensor_scale_tensor"):
         found[name] = _in_place
+    found["fused_amax_and_scale_update_after_reduction"] = _in_place
     found["get_fused_attn_backend"] = lambda *_arguments: (module.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, "")
     return {name: _counted(name, function) for name, function in found.items()}
 
@@ -161,30 +162,61 @@ def _torch_type(dtype: Any, like: Any) -> torch.dtype:
 
 
 def _quantised(shape: tuple[int, ...], quantizer: Any, dtype: torch.dtype, device: Any) -> Any:
-    """Blocks of 1 x 128 and 128 x 128, whose sizes the quantiser itself knows (`Float8BlockQuantizer`)."""
+    """What a quantiser of recipes `blockwise`, `mxfp8`, `tensorwise` or `delayed` makes of such a tensor (`csrc/quantizer.cpp`)."""
+    forms = {
+        "Float8BlockQuantizer": _blocks,
+        "MXFP8Quantizer": _blocks_of_32,
+        "Float8Quantizer": _whole,
+        "Float8CurrentScalingQuantizer": _whole,
+    }
+    form = forms.get(type(quantizer).__name__)
+    if form is None:
+        raise NotImplementedError(f"a rehearsal does not know the form of Transformer Engine's {type(quantizer).__name__}.")
+    tensor, storage, parts = form(shape, quantizer, device)
+    parts |= {"fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    return storage(**parts, fake_dtype=dtype) if quantizer.internal else tensor(shape=shape, dtype=dtype, device=device, **parts)
+
+
+def _blocks(shape: tuple[int, ...], quantizer: Any, device: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Blocks of 1 x 128 and 128 x 128, whose sizes the quantiser itself knows."""
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
     from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
 
-    if not hasattr(quantizer, "block_scaling_dim"):
-        raise NotImplementedError(f"a rehearsal does not know the form of Transformer Engine's {type(quantizer).__name__}.")
+    parts = _both_ways(shape, quantizer.get_columnwise_shape(shape), torch.float32, quantizer, device)
+    parts["is_2D_scaled"] = quantizer.block_scaling_dim == 2
+    return Float8BlockwiseQTensor, Float8BlockwiseQTensorStorage, parts
 
-    def pair(is_used: bool, size: Any, columnwise: bool) -> tuple[Tensor | None, Tensor | None]:
-        if not is_used:
-            return None, None
-        scales = quantizer.get_scale_shape(shape, columnwise)
-        return torch.empty(tuple(size), dtype=torch.uint8, device=device), torch.empty(tuple(scales), dtype=torch.float32, device=device)
 
-    row_data, row_scales = pair(quantizer.rowwise_usage, shape, False)
-    column_data, column_scales = pair(quantizer.columnwise_usage, quantizer.get_columnwise_shape(shape), True)
+def _blocks_of_32(shape: tuple[int, ...], quantizer: Any, device: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Blocks of 32 elements, both ways in the tensor's own shape."""
+    from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Tensor
+    from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
+
+    parts = _both_ways(shape, shape, torch.uint8, quantizer, device)
+    return MXFP8Tensor, MXFP8TensorStorage, parts | {"with_gemm_swizzled_scales": False}
+
+
+def _both_ways(shape: Any, columnwise: Any, scale_type: torch.dtype, quantizer: Any, device: Any) -> dict[str, Tensor | None]:
+    parts: dict[str, Tensor | None] = {}
+    ways = (("rowwise", quantizer.rowwise_usage, shape, False), ("columnwise", quantizer.columnwise_usage, columnwise, True))
+    for way, is_used, size, is_columnwise in ways:
+        scales = tuple(quantizer.get_scale_shape(shape, is_columnwise))
+        parts[f"{way}_data"] = torch.empty(tuple(size), dtype=torch.uint8, device=device) if is_used else None
+        parts[f"{way}_scale_inv"] = torch.empty(scales, dtype=scale_type, device=device) if is_used else None
+    return parts
+
+
+def _whole(shape: tuple[int, ...], quantizer: Any, device: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """One scale for the tensor; on a Hopper a transposed copy for the gradient of the weight, which newer GPUs do without."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    is_hopper = torch.cuda.get_device_capability()[0] < 10
+    has_data, has_transpose = quantizer.rowwise_usage or not is_hopper, quantizer.columnwise_usage and is_hopper
+    transposed = (*shape[-1:], *shape[:-1])
     parts = {
-        "rowwise_data": row_data,
-        "rowwise_scale_inv": row_scales,
-        "columnwise_data": column_data,
-        "columnwise_scale_inv": column_scales,
-        "fp8_dtype": quantizer.dtype,
-        "quantizer": quantizer,
-        "is_2D_scaled": quantizer.block_scaling_dim == 2,
+        "data": torch.empty(shape, dtype=torch.uint8, device=device) if has_data else None,
+        "data_transpose": torch.empty(transposed, dtype=torch.uint8, device=device) if has_transpose else None,
+        "fp8_scale_inv": torch.empty(1, dtype=torch.float32, device=device),
     }
-    if quantizer.internal:
-        return Float8BlockwiseQTensorStorage(**parts, fake_dtype=dtype)
-    return Float8BlockwiseQTensor(shape=shape, dtype=dtype, device=device, **parts)
+    return Float8Tensor, Float8TensorStorage, parts

@@ -105,6 +105,8 @@ def rehearse(module: str, task: Task, timeout_s: float = 600.0) -> Found:
     tree = json.loads(found)
     if "refusal" in tree:
         raise UsageError(tree["refusal"])
+    if "limit" in tree:
+        raise R1ZError(f"nothing was refused so far, but a rehearsal of rank {task.rank} cannot go on: {tree['limit']}")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
     return Found(**values | {"phases": _phases(tree)})
 
@@ -124,10 +126,10 @@ def say(found: Found) -> None:
     sys.stdout.write(MARK + json.dumps(dataclasses.asdict(found)) + "\n")
 
 
-def refuse(error: BaseException) -> None:
-    """The same where a library or this package refused what it was given."""
+def refuse(error: BaseException, *, is_limit: bool = False) -> None:
+    """The same where a library or this package refused what it was given; `is_limit`: where the rehearsal itself cannot go on."""
     text = str(error) if isinstance(error, R1ZError) else f"{type(error).__module__}.{type(error).__name__}: {error}"
-    sys.stdout.write(MARK + json.dumps({"refusal": text}) + "\n")
+    sys.stdout.write(MARK + json.dumps({"limit" if is_limit else "refusal": text}) + "\n")
     traceback.print_exception(error)
 
 

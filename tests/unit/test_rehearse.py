@@ -46,6 +46,11 @@ def test_a_process_is_told_and_tells(capsys: pytest.CaptureFixture[str]) -> None
     ("program", "kind", "words"),
     [
         ("print('warm up'); print(MARK + json.dumps({'refusal': 'no such thing.'}))", UsageError, "no such thing."),
+        (
+            "print(MARK + json.dumps({'limit': 'no shape.'}))",
+            R1ZError,
+            "nothing was refused so far, but a rehearsal of rank 3 cannot go on: no shape.",
+        ),
         ("sys.exit('it broke')", R1ZError, "the rehearsal of rank 3 ended with status 1: it broke"),
     ],
 )

@@ -16,7 +16,7 @@ class FusedAdam(torch.optim.Optimizer):
     """One group after the other, element by element."""
 
     def __init__(
-        self, params: Any, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, adam_w_mode: bool = True
+        self, params: Any, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, adam_w_mode: bool = True, **_: Any
     ) -> None:
         assert adam_w_mode
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
