@@ -28,6 +28,9 @@ def shape_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {function.__name__: function for function in (*plain, *more, fp8_transpose)}
     for name in ("multi_tensor_adam", "multi_tensor_adam_param_remainder", "multi_tensor_scale", "multi_tensor_scale_tensor"):
         found[name] = _in_place
+    for name in ("thd_out_correction", "thd_grad_correction", "thd_second_half_lse_correction"):
+        found[name] = _in_place
+    found["thd_read_half_tensor"], found["thd_read_second_half_lse"] = thd_read_half_tensor, thd_read_second_half_lse
     found["fused_amax_and_scale_update_after_reduction"] = _in_place
     found["get_fused_attn_backend"] = lambda *_arguments: (module.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, "")
     return {name: _counted(name, function) for name, function in found.items()}
@@ -101,6 +104,19 @@ def fused_attn_bwd(*arguments: Any, **_options: Any) -> list[Tensor | None]:
     return [*(torch.empty_like(tensor) for tensor in arguments[QUERY + 3 : VALUE + 4]), None, None]
 
 
+def thd_read_half_tensor(tensor: Tensor, _boundaries: Tensor, _half: int) -> Tensor:
+    """Half of each sequence, of queries [T, heads, size] or of keys and values together [2, T, heads, size]."""
+    axis = tensor.dim() - 3
+    shape = [size // 2 if place == axis else size for place, size in enumerate(tensor.shape)]
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def thd_read_second_half_lse(sums: Tensor, _boundaries: Tensor, is_packed: bool, length: int) -> Tensor:
+    """Logarithms of sums of the second halves, `length` of them."""
+    kept = sums.shape[:1] if is_packed else sums.shape[:2]
+    return torch.empty(*kept, length, dtype=sums.dtype, device=sums.device)
+
+
 def multi_tensor_l2norm(_chunk: int, flag: Tensor, lists: list[list[Tensor]], per_tensor: bool = False) -> tuple[Tensor, Tensor]:
     """A norm of 1."""
     return torch.ones(1, device=flag.device), torch.empty(len(lists[0]) if per_tensor else 0, device=flag.device)
@@ -137,7 +153,7 @@ def fp8_transpose(tensor: Tensor, _dtype: Any, out: Tensor | None = None) -> Ten
     return out if out is not None else torch.empty(tensor.shape[-1], *tensor.shape[:-1], dtype=tensor.dtype, device=tensor.device)
 
 
-def _in_place(*_arguments: Any) -> None:
+def _in_place(*_arguments: Any, **_options: Any) -> None:
     """Changes numbers that there are none of."""
 
 

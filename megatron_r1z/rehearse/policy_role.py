@@ -52,7 +52,7 @@ def _pretend(task: Task) -> None:
 
 
 def _play(task: Task, said: list[str]) -> Found:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
     from megatron_r1z.objective import make_loss
     from megatron_r1z.policy import trained
@@ -79,7 +79,8 @@ def _play(task: Task, said: list[str]) -> Found:
             check_attention(chosen_attention(shape, config.parallel, config.max_model_tokens), config.parallel, config.max_model_tokens)
         policy.start_training(make_loss(config.algorithm), config.optimizer)
         phases.end("gradients and master weights")
-        batch = _batch(config, policy, task)
+        with unset_fake_temporarily():
+            batch = _batch(config, policy, task)
         policy.response_logprobs(batch.micro_batches)
         phases.end("log-probs")
         for number in range(STEPS):
