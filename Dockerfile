@@ -8,34 +8,27 @@
 #
 # The folder that is mounted as runs must be writable by user 10001.
 #
-# Base: NGC PyTorch with Python 3.12 and CUDA 13, for its compiler, CUDA headers and NCCL.
+# The environment is the one of `make gpu-env-full`, made by the same script: it has its own torch, the one that vLLM pins, and takes nothing
+# of the base image's but Python, the compilers (vLLM's kernels are compiled when they are first used) and the driver's libraries. NVIDIA
+# apex is not in it: nothing needs it beside Transformer Engine.
+#
+# Base: NGC PyTorch with Python 3.12 and CUDA 13.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.10-py3
 FROM ${BASE_IMAGE}
 
-# A tag of NVIDIA's apex, which is compiled here because the base image's is for the torch that goes; `--build-arg APEX=` leaves it out:
-# nothing needs it beside Transformer Engine. The package index has another project under that name.
-ARG APEX=25.09
-
-# The image constrains pip to its own torch; vLLM pins another one.
+# The image constrains pip to its own torch.
 ENV PIP_CONSTRAINT="" \
     PIP_NO_CACHE_DIR=1
 
 RUN python -c 'import sys; assert sys.version_info[:2] == (3, 12), sys.version'
 
-# Compiled for the image's torch, so they cannot stay beside vLLM's. Transformer Engine, apex and the vision libraries come back below.
-RUN pip uninstall -y transformer-engine torchvision torchaudio flash-attn apex
-
-# torch first: the PyTorch part of Transformer Engine, and apex, are compiled against it and cannot be built in isolation.
-RUN pip install "vllm==0.33.*" "setuptools>=77" wheel ninja pybind11
-RUN if [ -n "${APEX}" ]; then \
-        APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "git+https://github.com/NVIDIA/apex.git@${APEX}"; \
-    fi
-
 WORKDIR /opt/megatron-r1z
 COPY setup.py pyproject.toml MANIFEST.in README.md LICENSE ./
 COPY megatron_r1z ./megatron_r1z
-RUN NVTE_FRAMEWORK=pytorch pip install --no-build-isolation ".[gpu]" \
-    && python -c "import torch, transformer_engine.pytorch, megatron.core, vllm"
+COPY tools ./tools
+RUN WHEELS=/tmp/wheels bash tools/make_env.sh .venv-gpu gpu python && rm -rf /tmp/wheels
+ENV PATH=/opt/megatron-r1z/.venv-gpu/bin:${PATH}
+RUN python -c "import torch, transformer_engine.pytorch, megatron.core, vllm"
 
 # nemo-run==0.11.1 cannot share an environment with vLLM (setup.py says why): it has its own, /opt/launch/bin/megatron-r1z.
 RUN python -m venv /opt/launch && /opt/launch/bin/pip install ".[launch]" && /opt/launch/bin/python -c "import nemo_run"

@@ -28,6 +28,16 @@ COMMON = [
     "numba>=0.61",  # copies and sums of a refit on a CPU; vLLM pins a version
 ]
 
+# Python >= 3.12, which megatron-core 0.19 itself demands. No environment markers: on an older Python they would leave these out
+# without a word, where pip now stops and says why.
+GPU_HOST = [
+    "vllm==0.33.*",  # pins the CUDA 13 build of torch
+    "megatron-core==0.19.*",
+    "transformer-engine==2.20.*",
+    *("einops", "onnx", "onnxscript", "nvdlfw-inspect", "nvidia-cudnn-frontend>=1.29"),  # what its torch part imports
+    *COMMON,
+]
+
 EXTRAS = {
     # Python 3.11. Transformer Engine must be absent: megatron-core takes its optimizer wherever it can be imported, which needs a GPU.
     "cpu": [
@@ -36,15 +46,12 @@ EXTRAS = {
         "torch==2.13.0",
         *COMMON,
     ],
-    # Python >= 3.12, which megatron-core 0.19 itself demands. No environment markers: on an older Python they would leave
-    # these out without a word, where pip now stops and says why. NVIDIA apex is optional and comes from its source or from the base
-    # image; the package index has another project under that name.
-    "gpu": [
-        "vllm==0.33.*",  # pins the CUDA 13 build of torch
-        "megatron-core==0.19.*",
-        "transformer-engine[pytorch,core_cu13]==2.20.*",
-        *COMMON,
-    ],
+    # Python >= 3.12. NVIDIA apex is optional and comes from its source or from the base image; the package index has another project
+    # under that name. The torch part of Transformer Engine is compiled against torch, which must be there first: tools/make_env.sh.
+    "gpu": [*GPU_HOST, "transformer-engine[pytorch,core_cu13]==2.20.*"],
+    # The same without what is compiled and what only a device can run: all that a machine without a GPU needs to try everything
+    # but kernels.
+    "gpu-host": GPU_HOST,
     # Python >= 3.12: the megatron-core of the GPU environment on a CPU, without vLLM, for `make test-megatron-latest`.
     "latest": ["megatron-core==0.19.*", "torch==2.13.0", *COMMON],
     # Cannot share an environment with vLLM: leptonai pins an older prometheus-fastapi-instrumentator. leptonai 0.28 dropped the
@@ -89,7 +96,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_r1z", "megatron_r1z.*"]),
-    package_data={"megatron_r1z": ["py.typed", "**/*.txt", "**/*.json", "**/*.html", "**/*.yaml"]},
+    package_data={"megatron_r1z": ["py.typed", "**/*.txt", "**/*.json", "**/*.html", "**/*.yaml", "**/*.c"]},
     install_requires=["pyyaml>=6.0"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-r1z = megatron_r1z.cli:main"]},

@@ -19,6 +19,9 @@ import torch.distributed as dist
 from megatron_r1z import __version__, ranks
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig
+from megatron_r1z.cost.checks import check_engine_room
+from megatron_r1z.cost.engine_memory import EngineMemory
+from megatron_r1z.cost.formats import engine_format
 from megatron_r1z.data.changes import go_on, record_work
 from megatron_r1z.data.corpus import DocumentStream, load_texts
 from megatron_r1z.data.fingerprint import RowsMark
@@ -28,6 +31,7 @@ from megatron_r1z.evaluation.evaluate import EVALUATED, Evaluation, evaluation_s
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
+from megatron_r1z.host.float32 import keep_float32
 from megatron_r1z.host.supervisor import StopFlag
 from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, Spec, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
@@ -35,6 +39,7 @@ from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, left_out, modu
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.objective import make_loss
+from megatron_r1z.policy.attention import Attention, check_attention, chosen_attention
 from megatron_r1z.policy.critic import MegatronCritic
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
@@ -86,6 +91,7 @@ def joined_ranks(config: Settings) -> Iterator[None]:
     """Inside, this rank is part of the default process group."""
     check_world_size(config.parallel.num_ranks)
     torch.set_num_threads(config.parallel.threads_per_rank)
+    keep_float32(config.precision)
     start_process_group()
     yield
     if dist.is_initialized():  # an engine that was closed has ended it
@@ -116,6 +122,14 @@ def make_policy(config: Settings, weights: Weights) -> MegatronPolicy:
     else:
         load_hf_weights(config.model.path, weights.shape, weights.layout, dist.get_rank(), policy.parameters())
     return policy
+
+
+def _attention(config: TrainConfig | PretrainConfig) -> Attention:
+    """Of the policy on this GPU, refused where it keeps scores."""
+    longest = config.max_model_tokens if isinstance(config, TrainConfig) else config.corpus.max_document_tokens
+    found = chosen_attention(load_shape(config.model.path), config.parallel, longest)
+    check_attention(found, config.parallel, longest)
+    return found
 
 
 def make_critic(config: TrainConfig, weights: Weights, policy: MegatronPolicy) -> MegatronCritic:
@@ -251,6 +265,7 @@ def matrices_in_fp8(config: TrainConfig | EvaluateConfig, shape: ModelShape, *so
 
 
 def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matrices: Collection[str], stop_flag: StopFlag) -> VllmEngine:
+    _check_engine_room(config, shape)
     return VllmEngine(
         EngineSettings(
             model_folder=config.model.path,
@@ -266,6 +281,14 @@ def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matric
         ),
         stop_flag,
     )
+
+
+def _check_engine_room(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
+    """What is left beside a policy shows only when it is there."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        memory = EngineMemory(shape, config.rollout, engine_format(config.precision), config.max_model_tokens)
+        check_engine_room(memory, torch.cuda.mem_get_info()[0])
 
 
 def make_refit(
@@ -316,6 +339,8 @@ def _say_sets(log: Console, sets: Sequence[PromptSet], config: TrainConfig | Eva
 def _say_precision(log: Console, config: TrainConfig | PretrainConfig) -> None:
     if config.precision.policy == "fp8":
         log.say(f"policy: {describe(config.precision.fp8, read_facts())}")
+    if has_transformer_engine() and config.precision.policy != "fp32":
+        log.say(f"policy: {_attention(config)} attention")
 
 
 @contextmanager

@@ -45,6 +45,7 @@ from megatron_r1z.host.streams import READER_GONE, lead_nowhere, outlive_readers
 from megatron_r1z.host.supervisor import STOPPED, Patience, is_rank, is_supervised, leftover_notice, rank_entry, run_ranks
 from megatron_r1z.launch import sweep
 from megatron_r1z.record.result_files import to_json
+from megatron_r1z.rehearse.command import rehearse_run
 from megatron_r1z.weights.folders import Kind
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ EXAMPLES = {
         "         megatron-r1z launch configs/qwen2.5-7b-h100.yaml --cluster my-cluster.yaml launch.hours=12 launch.restarts=3\n"
         "         megatron-r1z launch status"
     ),
+    "rehearse": "megatron-r1z rehearse configs/llama3.1-70b-h100.yaml --cluster configs/clusters/h100-64.yaml --every-role",
     "plan": (
         "megatron-r1z plan configs/qwen2.5-7b-h100.yaml --cluster configs/clusters/h100-8.yaml\n"
         "         megatron-r1z plan --model models/Llama-3-70B --from tp=8,pp=4,vpp=2 --to tp=8"
@@ -158,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_grade(commands)
     _add_plan(commands)
+    _add_rehearse(commands)
     _add_sweep(commands)
     _add_launch(commands)
     text = "what this machine can do: libraries, what takes the place of missing ones, FP8 recipes; always ends with status 0"
@@ -254,6 +257,17 @@ def _add_launch(commands: Any) -> None:
     sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file; its section launch says how")
     sub.add_argument("--command", dest="work", default="train", metavar="COMMAND", help="train (default), pretrain, evaluate or analyse")
     _add_place(sub)
+
+
+def _add_rehearse(commands: Any) -> None:
+    text = "a rank of a run on a machine without a GPU: whole steps by the real libraries without their kernels, memory beside `plan`"
+    sub = _add_command(commands, "rehearse", _rehearse, text)
+    sub.add_argument("config", help="YAML file of a training run")
+    sub.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a value of the file")
+    sub.add_argument("--cluster", required=True, metavar="FILE", help="whose device is pretended, see configs/clusters/")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, metavar="N", help="this rank of the policy alone; default: the first stage, and an engine")
+    which.add_argument("--every-role", action="store_true", help="first, middle and last stage, and an engine")
 
 
 def _add_sweep(commands: Any) -> None:
@@ -446,6 +460,11 @@ def _plan_run(options: argparse.Namespace) -> int:
     if cost.cluster is not None and not found and cost.shortfall() is not None:
         near = nearest(cost)
         raise ConfigError(refusal(cost, near, enough_ranks(cost) if near is None else None))
+    return 0
+
+
+def _rehearse(options: argparse.Namespace, _arguments: list[str]) -> int:
+    rehearse_run(options.config, options.overrides, options.cluster, rank=options.rank, every_role=options.every_role)
     return 0
 
 

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from megatron_r1z.fp8.machine import parse_version
+from megatron_r1z.fp8.machine import parse_version, try_import
 from megatron_r1z.fp8.recipes import NEEDS, Facts, Version, machine_refusal
 
 
@@ -60,9 +59,9 @@ class Finding:
 
 def probe() -> Probe:
     """Look at this machine."""
-    torch, torch_error = _import("torch")
+    torch, torch_error = try_import("torch")
     found: dict[str, Any] = _look_at_torch(torch) if torch is not None else {}
-    engine, engine_error = _import("transformer_engine.pytorch") if torch is not None else (None, None)
+    engine, engine_error = try_import("transformer_engine.pytorch") if torch is not None else (None, None)
     has_amp = _is_installed("amp_C")
     return Probe(
         python=platform.python_version(),
@@ -175,16 +174,6 @@ def _look_at_torch(torch: Any) -> dict[str, Any]:
         "capability": torch.cuda.get_device_capability() if has_gpu else None,
         "nccl": _dots(torch.cuda.nccl.version()) if has_gpu and has_nccl else None,
     }
-
-
-def _import(name: str) -> tuple[Any, str | None]:
-    """A module, or why there is none; no reason where it is not installed."""
-    if not _is_installed(name.partition(".")[0]):
-        return None, None
-    try:
-        return importlib.import_module(name), None
-    except (ImportError, OSError, RuntimeError) as error:
-        return None, (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_installed(name: str) -> bool:

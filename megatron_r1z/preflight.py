@@ -175,7 +175,7 @@ def _check_offload(parallel: ParallelConfig, shape: ModelShape) -> None:
 
 def _check_fp8(config: TrainConfig | PretrainConfig, shape: ModelShape) -> None:
     if config.precision.policy == "fp8":
-        check_policy(config.precision.fp8, shape, config.parallel, read_facts(), distributed_optimizer=config.optimizer.distributed)
+        check_policy(config.precision.fp8, shape, config.parallel, read_facts())
 
 
 def _check_weights(config: AnyConfig, shape: ModelShape) -> None:

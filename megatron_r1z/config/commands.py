@@ -42,11 +42,6 @@ class TrainConfig:
                 f"({self.rollout.prompts_per_iteration} prompts x {self.rollout.samples_per_prompt}); "
                 f"the largest that does below it is {_largest_divisor(samples, step)}."
             )
-        if self.algorithm.kl_coef and self.precision.policy == "fp8" and self.precision.fp8.param:
-            raise ConfigError(
-                f"algorithm.kl_coef is {self.algorithm.kl_coef}, and the reference model's weights take the place of the policy's for a "
-                "pass, which weights in FP8 alone do not survive to the bit; set precision.fp8.param=false."
-            )
         _check_accepted(self)
         if self.rollout.samples_per_prompt == 1 and not self.algorithm.has_critic:
             raise ConfigError("an advantage compares the samples of a prompt; rollout.samples_per_prompt is 1 and must be at least 2.")

@@ -131,8 +131,6 @@ class Fp8Config:
     recipe: Fp8Recipe = "blockwise"
     """Where scales come from. `blockwise`: from blocks of 1 x 128 and 128 x 128 (Hopper and newer, and emulated without a GPU); `mxfp8`:
     from 32 elements (Blackwell); `tensorwise`: from the tensor; `delayed`: from the tensor's history."""
-    param: bool = False
-    """Keep the weights of these products in FP8 alone, beside the optimizer's fp32 ones. Needs a GPU and `optimizer.distributed`."""
     first_layers_bf16: int = 0
     """So many layers at the beginning stay in bf16."""
     last_layers_bf16: int = 0

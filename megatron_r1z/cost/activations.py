@@ -55,9 +55,10 @@ def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, form: Nu
     itemsize, operand = form.itemsize, form.operand_bytes
     hidden = shape.hidden_size / (tp if sequence_parallel else 1)
     queries, keys = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
-    norms = 2 * (_norm_bytes(hidden, itemsize, spec) + FP32_BYTES * hidden / shape.hidden_size)  # inputs, and one root per token
-    normed = 2 * hidden * operand  # inputs of qkv and of the feed-forward layer
-    fused = (queries + 2 * keys) * itemsize  # values are a view of the fused projection, which stays as a whole
+    norm = _norm_bytes(hidden, itemsize, spec) + FP32_BYTES * hidden / shape.hidden_size  # its input, and one root per token
+    normed = hidden * operand  # the input of qkv, and that of the feed-forward layer
+    # Values are a view of the fused projection, which stays as a whole; Transformer Engine wants them by themselves and copies them.
+    values = ((queries + 2 * keys) if spec == "local" else keys) * itemsize
     rotated = (queries + keys) * itemsize
     output = queries * itemsize + FP32_BYTES * shape.num_heads / tp  # of attention, with the logarithm of each sum
     if form.is_fp8:
@@ -66,10 +67,14 @@ def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, form: Nu
         output += queries * itemsize + 4 * shape.head_dim * itemsize  # joined from its sequences; sine and cosine for queries and for keys
     if shape.qk_norm:
         heads = (shape.num_heads + shape.num_kv_heads) / tp
-        output += FP32_BYTES * heads + (_norm_bytes(queries + keys, itemsize, spec) if spec == "local" else 0)
+        output += FP32_BYTES * heads + _norm_bytes(queries + keys, itemsize, spec)
     # gate and up in one, activated gate, up plus its offset of 0; and the product, which is the input of the last matrix
     feed_forward = shape.ffn_size / tp * (4 * itemsize + operand)
-    return TokenBytes(norms + normed + fused + rotated + output, feed_forward, hidden * itemsize)
+    attention = 2 * norm + normed + values + rotated + output
+    if spec == "local":
+        return TokenBytes(attention + normed, feed_forward, hidden * itemsize)
+    root = FP32_BYTES * hidden / shape.hidden_size  # the norm is a part of the first matrix, so of the feed-forward layer
+    return TokenBytes(attention - root, feed_forward + normed + root, hidden * itemsize)
 
 
 def _norm_bytes(width: float, itemsize: int, spec: Spec) -> float:

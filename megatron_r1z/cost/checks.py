@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megatron_r1z.config import TrainConfig
 from megatron_r1z.config.model_checks import check_dense, check_layers, check_lengths
-from megatron_r1z.cost.cluster import Cluster
+from megatron_r1z.cost.cluster import GIB, Cluster
+from megatron_r1z.cost.engine_memory import EngineMemory
 from megatron_r1z.cost.formats import fp8_share
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.fp8.recipes import GRADIENT_FREE_CHECKPOINTS, NEEDS, Facts, check_policy
@@ -50,4 +51,29 @@ def check_precision(config: TrainConfig, shape: ModelShape, cluster: Cluster | N
     fp8, needs = config.precision.fp8, NEEDS[config.precision.fp8.recipe]
     capability = cluster.gpu.compute_capability if cluster is not None else needs.capability
     facts = Facts(capability, needs.cuda, GRADIENT_FREE_CHECKPOINTS)
-    check_policy(fp8, shape, config.parallel, facts, distributed_optimizer=config.optimizer.distributed)
+    check_policy(fp8, shape, config.parallel, facts)
+
+
+def check_engine_room(engine: EngineMemory, free_bytes: int) -> None:
+    """Refuse an engine whose weights and cache alone do not fit beside what is on the device already.
+
+    Args:
+        engine: the engine of one rank.
+        free_bytes: of its device, with policy and optimizer in place.
+
+    Raises:
+        ConfigError: with the figures of both.
+    """
+    cache = engine.rollout.kv_cache_bytes
+    needed = engine.weights + engine.staging + cache
+    if needed <= free_bytes:
+        return
+    remedy = (
+        f"lower rollout.kv_cache_bytes to at most {free_bytes - needed + cache}"
+        if needed - cache < free_bytes
+        else "raise rollout.tensor_parallel_size, or split the policy over more ranks"
+    )
+    raise ConfigError(
+        f"an engine takes {needed / GIB:.1f} GiB of each rank, {cache / GIB:.1f} of them for its cache, and the device has "
+        f"{free_bytes / GIB:.1f} GiB left; {remedy} (`megatron-r1z plan` shows what takes how much)."
+    )

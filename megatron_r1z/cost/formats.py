@@ -66,7 +66,7 @@ POLICY_FORMATS: Mapping[str, NumberFormat] = {
     "fp8": NumberFormat(2, 2 + 2 * _BLOCK_SCALED, _ROW_SCALED, _fp8, _bf16),
 }
 """Transformer Engine keeps an FP8 weight twice, for the product and for its gradient, and inputs in FP8 alone (its `Float8BlockwiseQTensor`
-and `Linear` by their source; not measured). The bf16 weight stays beside them unless `precision.fp8.param`."""
+and `Linear` by their source; not measured). The bf16 weight stays beside them."""
 ENGINE_FORMATS: Mapping[str, NumberFormat] = {
     **_PLAIN,
     "fp8": NumberFormat(2, _BLOCK_SCALED, _ROW_SCALED, _fp8, _bf16, is_staged=True),
@@ -77,10 +77,7 @@ QUANTISED_BYTES = _BLOCK_SCALED
 
 def policy_format(precision: PrecisionConfig) -> NumberFormat:
     """Of the policy."""
-    form = POLICY_FORMATS[precision.policy]
-    if precision.policy == "fp8" and precision.fp8.param:
-        return replace(form, matrix_bytes=form.matrix_bytes - form.itemsize)
-    return form
+    return POLICY_FORMATS[precision.policy]
 
 
 def engine_format(precision: PrecisionConfig, share: float = 1.0) -> NumberFormat:

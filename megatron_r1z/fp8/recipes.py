@@ -62,6 +62,9 @@ NEEDS: dict[Fp8Recipe, Needs] = {
 """`blockwise` would do with multiples of 16 in Transformer Engine; with 128, blocks do not depend on how many ranks share a matrix, and an
 engine can take them over as they are. `tokens`: the leading dimension that its products check (`common/gemm/cublaslt_gemm.cu:161-295`),
 and 32 where 32 tokens share a scale."""
+GATHERED_TOKENS: dict[Fp8Recipe, int] = {"blockwise": 128}
+"""Tokens of a rank under sequence parallelism, where activations travel in FP8: Transformer Engine sends whole blocks, and anything else in
+bf16, to be quantised a second time (`pytorch/distributed.py:1148`, `_start_all_gather_fp8_blockwise`)."""
 GRADIENT_FREE_CHECKPOINTS = (2, 20, 2)
 """The first Transformer Engine whose `checkpoint()` leaves nothing behind in a pass without gradient (`pytorch/distributed.py:750-755`)."""
 AMAX_HISTORY = 1024
@@ -88,7 +91,7 @@ def machine_refusal(recipe: Fp8Recipe, facts: Facts) -> str | None:
     return None
 
 
-def check_policy(fp8: Fp8Config, shape: ModelShape, parallel: ParallelConfig, facts: Facts, *, distributed_optimizer: bool = False) -> None:
+def check_policy(fp8: Fp8Config, shape: ModelShape, parallel: ParallelConfig, facts: Facts) -> None:
     """Refuse a policy in FP8 that this machine cannot compute, or whose matrices do not fit the recipe.
 
     Raises:
@@ -97,7 +100,6 @@ def check_policy(fp8: Fp8Config, shape: ModelShape, parallel: ParallelConfig, fa
     refusal = machine_refusal(fp8.recipe, facts)
     if refusal is not None:
         raise ConfigError(f"precision.fp8.recipe {fp8.recipe} cannot run here: {refusal}; or set precision.policy=bf16.")
-    _check_param(fp8, facts, distributed_optimizer)
     _check_matrices(fp8.recipe, shape, parallel.tensor_parallel_size)
     _check_layers(fp8, shape, parallel)
     _check_recompute(fp8.recipe, parallel.recompute, facts)
@@ -119,13 +121,16 @@ def linear_shapes(shape: ModelShape, tensor_parallel_size: int) -> dict[str, tup
     }
 
 
-def tokens_multiple(precision: PrecisionConfig) -> int:
-    """The tokens of a micro-batch are padded to a multiple of this; without a GPU too, so that the same samples share a micro-batch.
+def tokens_multiple(precision: PrecisionConfig, *, sequence_parallel: bool = False) -> int:
+    """The tokens of a micro-batch on a rank are padded to a multiple of this; without a GPU too, so that the same samples share one.
 
     >>> tokens_multiple(PrecisionConfig(policy="fp8")), tokens_multiple(PrecisionConfig())
     (16, 1)
     """
-    return NEEDS[precision.fp8.recipe].tokens if precision.policy == "fp8" else 1
+    if precision.policy != "fp8":
+        return 1
+    recipe = precision.fp8.recipe
+    return GATHERED_TOKENS.get(recipe, NEEDS[recipe].tokens) if sequence_parallel else NEEDS[recipe].tokens
 
 
 def megatron_fields(fp8: Fp8Config) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def megatron_fields(fp8: Fp8Config) -> dict[str, Any]:
     >>> megatron_fields(Fp8Config(first_layers_bf16=1))["fp8"]
     'e4m3'
     """
-    fields: dict[str, Any] = {"fp8": NEEDS[fp8.recipe].format, "fp8_recipe": fp8.recipe, "fp8_param": fp8.param}
+    fields: dict[str, Any] = {"fp8": NEEDS[fp8.recipe].format, "fp8_recipe": fp8.recipe}
     if fp8.recipe == "delayed":
         fields |= {"fp8_amax_history_len": AMAX_HISTORY, "fp8_amax_compute_algo": "max"}
     if fp8.first_layers_bf16 + fp8.last_layers_bf16:
@@ -161,15 +166,6 @@ def describe(fp8: Fp8Config, facts: Facts) -> str:
     ends = (("first", fp8.first_layers_bf16), ("last", fp8.last_layers_bf16))
     kept = [f"the {end} {f'{count} layers' if count > 1 else 'layer'}" for end, count in ends if count]
     return f"FP8 {fp8.recipe}, {how}" + (f"; {' and '.join(kept)} in bf16" if kept else "")
-
-
-def _check_param(fp8: Fp8Config, facts: Facts, distributed_optimizer: bool) -> None:
-    if fp8.param and facts.emulates:
-        raise ConfigError(
-            "precision.fp8.param keeps weights in FP8 to save a GPU's memory, and the emulation here rounds bf16 weights; set it to false."
-        )
-    if fp8.param and not distributed_optimizer:
-        raise ConfigError("precision.fp8.param needs optimizer.distributed, which writes FP8 weights from its fp32 ones; set it to true.")
 
 
 def _check_matrices(recipe: Fp8Recipe, shape: ModelShape, tensor_parallel_size: int) -> None:

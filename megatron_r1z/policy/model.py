@@ -7,7 +7,6 @@ and the [tokens, vocabulary] matrix never exists (`logprob.py`).
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_r1z.config import Fp8Config, ParallelConfig, PrecisionConfig, Recompute
+from megatron_r1z.fp8.machine import transformer_engine_version
 from megatron_r1z.fp8.recipes import is_fp8_layer, megatron_fields
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.packing import MicroBatch
@@ -134,8 +134,8 @@ def packed_parameters(batch: MicroBatch, context_parallel_size: int) -> PackedSe
 
 
 def has_transformer_engine() -> bool:
-    """True where Transformer Engine layers can be built: its torch part is installed and there is a GPU for it."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
+    """True where Transformer Engine layers can be built: its torch part can be imported and there is a GPU for it."""
+    return torch.cuda.is_available() and transformer_engine_version() is not None
 
 
 def build_chunks(

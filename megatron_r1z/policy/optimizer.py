@@ -24,9 +24,7 @@ def wrap_chunks(chunks: Sequence[ResponseModel], config: OptimizerConfig) -> lis
 
     The weights must be in place: the distributed optimizer moves them into its own buffers.
     """
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, fp8_param_gather=chunks[0].config.fp8_param
-    )
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed)
     return [
         DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -49,7 +47,6 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
             clip_grad=config.clip_grad,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
-            fp8_recipe=model.fp8_recipe if model.fp8 else None,
             use_distributed_optimizer=config.distributed,
             optimizer_cpu_offload=config.offload_to_host,
             optimizer_offload_fraction=float(config.offload_to_host),

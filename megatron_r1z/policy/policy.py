@@ -69,11 +69,12 @@ class MegatronPolicy(TrainedModel):
     def packing_rules(self) -> PackingRules:
         """What a micro-batch of this policy may look like."""
         parallel = self._settings.parallel
+        shares = self.topology.tp if parallel.sequence_parallel else 1
         return PackingRules(
             data_parallel_size=self.topology.dp,
             micro_batch_tokens=parallel.micro_batch_tokens,
             context_parallel_size=self.topology.cp,
-            tokens_multiple=tokens_multiple(self._settings.precision) * (self.topology.tp if parallel.sequence_parallel else 1),
+            tokens_multiple=tokens_multiple(self._settings.precision, sequence_parallel=parallel.sequence_parallel) * shares,
             micro_batches_multiple=self.topology.pp if self.topology.vpp > 1 else 1,
             equal_micro_batches=self.topology.pp > 1,
             pad_sequences=parallel.pad_sequences,

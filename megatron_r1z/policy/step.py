@@ -56,11 +56,11 @@ def collect(model: Model, batches: Sequence[MicroBatch], pick: Callable[[Tensor]
     """A forward pass without gradient; returns what `pick` takes of each output, on the CPU. None on all but the last pipeline stage."""
 
     def bind(_work: Work) -> Callable[..., Tensor]:
-        return lambda output, non_loss_data=True: pick(output).detach().cpu()
+        return lambda output, non_loss_data=True: pick(output).detach()
 
     with torch.no_grad(), scales_kept(model.chunks):
         outputs = run_schedule(model, [Work(batch) for batch in batches], bind, forward_only=True)
-    return list(outputs) if outputs else [None] * len(batches)
+    return [output.cpu() for output in outputs] if outputs else [None] * len(batches)  # nothing waits for the device before the end
 
 
 def forward_backward(model: Model, work: Sequence[Work], loss: Loss) -> StepFigures:
@@ -244,8 +244,13 @@ def run_schedule(model: Model, work: Sequence[Work], bind: Callable[[Work], Any]
 
 
 def _to_device(work: Work) -> Work:
-    where = device()
     moved = {field.name: getattr(work.batch, field.name) for field in fields(MicroBatch)}
-    moved = {name: value.to(where) if isinstance(value, Tensor) else value for name, value in moved.items()}
-    known = (None if item is None else item.to(where) for item in (work.old_logprobs_R, work.reference_logprobs_R))
+    moved = {name: _moved(value) if isinstance(value, Tensor) else value for name, value in moved.items()}
+    known = (None if item is None else _moved(item) for item in (work.old_logprobs_R, work.reference_logprobs_R))
     return Work(replace(work.batch, **moved), *known)
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    """On this rank's device; from pinned memory, so that a GPU fetches it while the next one is prepared."""
+    where = device()
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" and tensor.device.type == "cpu" else tensor.to(where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,13 @@ from megatron_r1z.policy.parallel import device
 
 CRITIC_PREFIX = "critic."
 """Of the names that a checkpoint has the critic's tensors under."""
+
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+"""In which form megatron-core keeps the state of the distributed optimizer: that of an undivided one, so that every degree may change.
+
+It is gathered in the host's memory of the first of the ranks that share it, 12 bytes for a parameter of their part of the model; when it is
+read, on each of them. megatron-core's default form cannot be written by its own releases since 0.16.
+"""
 
 
 class Settings(Protocol):
@@ -113,7 +120,7 @@ class TrainedModel:
         """Weights, optimizer and schedule for Megatron's distributed checkpoint."""
         state = self.sharded_weights()
         weights = state if len(self._bare) > 1 else {"model": state["model0"]}
-        state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=is_loading)
+        state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(OPTIMIZER_FORMAT))
         state["schedule"] = self.schedule.state_dict()
         return state
 
@@ -130,9 +137,21 @@ class TrainedModel:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `sharded_state` saved; learning rate, betas, decay and schedule stay those of the configuration."""
         self.load_weights(state)
+        config = self._optimizer_config
+        own = {"max_lr": config.lr, "min_lr": config.min_lr, "betas": config.betas, "eps": config.eps}
+        for group in _groups_of(state["optimizer"]):
+            group |= own  # megatron-core 0.19 finds a saved group by its learning rates
         self.optimizer.load_state_dict(state["optimizer"])
         self.has_moments = True
-        config = self._optimizer_config
         for group in self.optimizer.param_groups:
-            group |= {"max_lr": config.lr, "min_lr": config.min_lr, "betas": config.betas, "eps": config.eps}
+            group |= own
         self.schedule.load_state_dict(state["schedule"])
+
+
+def _groups_of(state: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
+    """The groups of parameters in the state of any of Megatron's optimizers, however deep: some are made of others."""
+    for name, part in state.items():
+        if name == "param_groups":
+            yield from part
+        elif isinstance(part, Mapping):
+            yield from _groups_of(part)

@@ -23,6 +23,9 @@ import torch
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 """The engine lives in the rank's process and says nothing but errors."""
+GPU_MEMORY_UTILIZATION = 0.01
+"""Share of the device that vLLM asks for. `kv_cache_memory_bytes` alone sizes the cache, but vLLM 0.33 first refuses to start where less
+than this share is free, by default nine tenths, and policy and optimizer are there before it (`v1/worker/utils.py`, `request_memory`)."""
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 """Eager mode would still compile its sampler at the first token."""
 
@@ -58,7 +61,7 @@ def prepare_engine(max_model_tokens: int) -> dict[str, Any]:
     Must run before the engine is built.
     """
     if torch.cuda.is_available():
-        return {"distributed_executor_backend": "external_launcher"}
+        return {"distributed_executor_backend": "external_launcher", "gpu_memory_utilization": GPU_MEMORY_UTILIZATION}
     import vllm._custom_ops
     import vllm.model_executor.layers.utils
 

@@ -159,23 +159,28 @@ def _start(settings: EngineSettings) -> Any:
     prepare_import()
     from vllm import LLM
 
+    return LLM(**engine_arguments(settings))
+
+
+def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """What vLLM is called with; makes this process ready for it (`cpu.prepare_engine`) and our weight transfer known."""
     from megatron_r1z.rollout.weights import register_receiver
 
-    return LLM(
-        model=settings.model_folder,
-        load_format="dummy",
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
-        tensor_parallel_size=settings.tensor_parallel_size,
-        max_model_len=settings.max_model_tokens,
-        max_num_seqs=settings.max_concurrent_sequences,
-        kv_cache_memory_bytes=settings.kv_cache_bytes,
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-        weight_transfer_config={"backend": register_receiver()},
-        seed=settings.seed,
+    return {
+        "model": settings.model_folder,
+        "load_format": "dummy",
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "max_model_len": settings.max_model_tokens,
+        "max_num_seqs": settings.max_concurrent_sequences,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "weight_transfer_config": {"backend": register_receiver()},
+        "seed": settings.seed,
         **fp8_options(settings.model_folder, settings.not_in_fp8),
         **prepare_engine(settings.max_model_tokens),
-    )
+    }
 
 
 def fp8_options(model_folder: str, not_in_fp8: Sequence[str] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ their own makes that layout again after every refit. Where all kernels use the p
 otherwise (packed weights, FP8) it writes into parameters in checkpoint format beside them, a second copy of the shard, which vLLM's
 layer-wise reload then takes over. Not layer by layer: a layer may keep its parameter and a packed copy of it besides.
 
-Written for vLLM 0.32: `vllm.distributed.weight_transfer.base`, `vllm.model_executor.model_loader.reload`.
+Written for vLLM 0.32 and 0.33: `vllm.distributed.weight_transfer.base`, `vllm.model_executor.model_loader.reload`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -168,9 +169,15 @@ class CheckpointSource(WeightSource):  # type: ignore[misc]
         self._metadata = [ParamMeta(name, dtype, tuple(size)) for name, size in specs]
         self._tensors = tensors
 
-    def metadata(self) -> list[ParamMeta]:
+    def _describe(self) -> list[ParamMeta]:
         """What iteration will yield."""
         return list(self._metadata)
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    metadata = cached_property(_describe) if hasattr(WeightSource, "iter_full") else _describe
+    """vLLM 0.33 reads it as an attribute, 0.32 calls it."""
+
+    def iter_full(self) -> Iterator[tuple[str, Tensor]]:
+        """One pass over the whole tensors."""
         return iter(self._tensors)
+
+    __iter__ = iter_full

@@ -59,7 +59,8 @@ def run_ranks() -> RunRanks:
 
 
 def _run_ranks(worker: Path, num_ranks: int, *arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(megatron_r1z.__file__).parents[1])}
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(megatron_r1z.__file__).parents[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     processes = [
         subprocess.Popen(
             [sys.executable, str(worker), str(rank), str(num_ranks), *arguments],

@@ -20,9 +20,9 @@ HEAVY = ["torch", "vllm", "megatron", "transformers", "numpy", "sympy"]
 
 # Libraries and the only places that may import them.
 HOMES = {
-    "megatron": ("policy/", "weights/checkpoint.py", "data/indexed.py"),
-    "transformer_engine": ("policy/",),
-    "vllm": ("rollout/",),
+    "megatron": ("policy/", "weights/checkpoint.py", "data/indexed.py", "rehearse/"),
+    "transformer_engine": ("policy/", "rehearse/"),
+    "vllm": ("rollout/", "rehearse/"),
     "nemo_run": ("launch/",),
     "openai": ("analysis/judge.py",),
     "matplotlib": ("analysis/plots.py",),

@@ -116,7 +116,6 @@ def test_fp8_that_cannot_run_is_refused(folder: Path) -> None:
     edit_model(folder, hidden_size=192)
     sentence = refusal(folder, precision={"policy": "fp8"})
     assert "precision.fp8.recipe blockwise needs multiples of 128 in every matrix of a rank: linear_qkv has" in sentence
-    assert "precision.fp8.param" in refusal(folder, precision={"policy": "fp8", "fp8": {"param": True}})
     if not torch.cuda.is_available():
         assert "mxfp8 cannot run here: it needs a GPU, and there is none" in refusal(
             folder, precision={"policy": "fp8", "fp8": {"recipe": "mxfp8"}}

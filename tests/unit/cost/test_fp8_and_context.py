@@ -72,11 +72,10 @@ def test_layers_that_the_policy_keeps_in_bf16_go_over_in_bf16() -> None:
 
 
 def test_the_policy_s_quantised_copies() -> None:
-    plain, fp8, alone = llama(), llama(**FP8), llama(**FP8, fp8={"param": True})
+    plain, fp8 = llama(), llama(**FP8)
     matrices = plain.policy.parameters[0].matrices
     scaled = matrices * (1 + 4 / 128**2)
     assert fp8.policy.weights(0) - plain.policy.weights(0) == pytest.approx(2 * scaled, abs=1)
-    assert fp8.policy.weights(0) - alone.policy.weights(0) == pytest.approx(2 * matrices, abs=1)
     assert fp8.policy.optimizer_state(0) == plain.policy.optimizer_state(0)
     quantised = [item.nbytes for item in fp8.ranks[0].items if item.name == "quantised for engines"]
     assert quantised == [pytest.approx(scaled, abs=1)]

@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 
 from megatron_r1z.cost.assumptions import DEFAULT
+from megatron_r1z.cost.checks import check_engine_room
 from megatron_r1z.cost.cluster import GIB
 from megatron_r1z.cost.formats import ENGINE_FORMATS
 from megatron_r1z.cost.memory import Phase
 from megatron_r1z.cost.run_cost import MAX_BUFFER_BYTES
+from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.known import find_shape
 from megatron_r1z.layout.plan import make_plan
@@ -91,3 +93,16 @@ def test_why_it_does_not_fit() -> None:
 
 def test_what_is_reserved_is_counted() -> None:
     assert next(item.nbytes for item in cost().ranks[0].items if item.name == "reserved") == DEFAULT.reserved_gib * GIB
+
+
+def test_an_engine_without_room_beside_the_policy_is_refused_with_what_would_do() -> None:
+    engine = cost(rollout={"kv_cache_bytes": 3 * GIB}).engine
+    needed = engine.weights + 3 * GIB
+    check_engine_room(engine, needed)
+    with pytest.raises(ConfigError, match=r"lower rollout.kv_cache_bytes to at most (\d+) ") as caught:
+        check_engine_room(engine, needed - GIB)
+    assert f"takes {needed / GIB:.1f} GiB of each rank, 3.0 of them for its cache" in str(caught.value)
+    smaller = cost(rollout={"kv_cache_bytes": int(str(caught.value).split("at most ")[1].split(" ")[0])}).engine
+    check_engine_room(smaller, needed - GIB)  # what it says does
+    with pytest.raises(ConfigError, match=r"GiB left; raise rollout.tensor_parallel_size"):
+        check_engine_room(engine, engine.weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import importlib
-import importlib.util
 import itertools
 import math
 import struct
@@ -27,6 +26,7 @@ from megatron_r1z.fp8.blocks import (
     scale_of_maximum,
     scale_shape,
 )
+from megatron_r1z.fp8.machine import transformer_engine_version
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32_MAX = 3.4028234663852886e38
@@ -265,7 +265,7 @@ def test_shapes_and_formats() -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine_torch") is None,
+    transformer_engine_version() is None,
     reason="transformer-engine is not installed: it must be absent on a CPU (megatron-core would use it), run this where it is",
 )
 @pytest.mark.parametrize("shape", [(256, 512), (192, 576), (576, 1536)])

@@ -7,9 +7,19 @@ from typing import Any, get_args
 
 import pytest
 
-from megatron_r1z.config import Fp8Config, Fp8Recipe, ParallelConfig
+from megatron_r1z.config import Fp8Config, Fp8Recipe, ParallelConfig, PrecisionConfig
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.fp8.recipes import NEEDS, Facts, check_policy, describe, is_fp8_layer, linear_shapes, machine_refusal, megatron_fields
+from megatron_r1z.fp8.recipes import (
+    NEEDS,
+    Facts,
+    check_policy,
+    describe,
+    is_fp8_layer,
+    linear_shapes,
+    machine_refusal,
+    megatron_fields,
+    tokens_multiple,
+)
 from megatron_r1z.layout.families import ModelShape
 
 CPU = Facts()
@@ -26,9 +36,8 @@ def refusal(recipe: Fp8Recipe = "blockwise", shape: ModelShape = LLAMA_8B, facts
     parallel = ParallelConfig(
         **{name: options.pop(name) for name in list(options) if name in {item.name for item in fields(ParallelConfig)}}
     )
-    distributed = options.pop("distributed_optimizer", False)
     with pytest.raises(ConfigError) as caught:
-        check_policy(Fp8Config(recipe=recipe, **options), shape, parallel, facts, distributed_optimizer=distributed)
+        check_policy(Fp8Config(recipe=recipe, **options), shape, parallel, facts)
     sentence = str(caught.value)
     assert sentence.endswith(".")
     assert "\n" not in sentence
@@ -80,7 +89,6 @@ def test_what_can_run_is_not_refused() -> None:
         check_policy(Fp8Config(), LLAMA_8B, ParallelConfig(num_ranks=8, tensor_parallel_size=8), facts)
     check_policy(Fp8Config(recipe="tensorwise"), SMOLLM2, ParallelConfig(), HOPPER)
     check_policy(Fp8Config(), QWEN_HALF, ParallelConfig(), CPU)
-    check_policy(Fp8Config(param=True), LLAMA_8B, ParallelConfig(), HOPPER, distributed_optimizer=True)
     check_policy(Fp8Config(recipe="delayed"), LLAMA_8B, ParallelConfig(recompute="full"), HOPPER)
 
 
@@ -108,11 +116,6 @@ def test_matrices_that_do_not_fit_are_refused_with_what_would() -> None:
     assert refusal("tensorwise", odd).endswith(
         "linear_qkv has 100 columns under parallel.tensor_parallel_size 1; set precision.policy=bf16."
     )
-
-
-def test_weights_in_fp8_need_a_gpu_and_the_distributed_optimizer() -> None:
-    assert "precision.fp8.param keeps weights in FP8 to save a GPU's memory" in refusal(facts=CPU, param=True)
-    assert "precision.fp8.param needs optimizer.distributed" in refusal(param=True)
 
 
 def test_layers_in_bf16() -> None:
@@ -150,3 +153,13 @@ def test_megatron_takes_the_fields(recipe: Fp8Recipe) -> None:
     assert {name: getattr(made, name) for name in chosen} == chosen
     enums = pytest.importorskip("megatron.core.enums")
     assert recipe in {item.value for item in enums.Fp8Recipe}
+
+
+@pytest.mark.parametrize("recipe", NEEDS)
+def test_what_travels_between_ranks_is_made_of_whole_blocks(recipe: Fp8Recipe) -> None:
+    """Transformer Engine gathers blocks of 1 x 128 both ways as they are and quantises anything else again."""
+    precision = PrecisionConfig(policy="fp8", fp8=Fp8Config(recipe=recipe))
+    alone, shared = tokens_multiple(precision), tokens_multiple(precision, sequence_parallel=True)
+    assert shared == (128 if recipe == "blockwise" else alone)
+    assert shared % alone == 0
+    assert tokens_multiple(PrecisionConfig(policy="bf16"), sequence_parallel=True) == 1

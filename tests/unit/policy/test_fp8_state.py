@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,8 @@ def source_folder() -> Path | None:
     named = os.environ.get("R1Z_TRANSFORMER_ENGINE_SOURCE")
     if named is not None:
         return Path(named)
-    spec = importlib.util.find_spec("transformer_engine")
-    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+    folders = (Path(place) / "transformer_engine" for place in sys.path)
+    return next((folder for folder in folders if (folder / "pytorch").is_dir()), None)  # its import needs a device's libraries
 
 
 SOURCE = source_folder()

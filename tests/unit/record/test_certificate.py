@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1z.errors import RefitError
-from megatron_r1z.record.certificate import LIMIT_NATS, MEAN_LIMIT_NATS, Certificate
+from megatron_r1z.record.certificate import LIMIT_NATS, LIMIT_NATS_TF32, MEAN_LIMIT_NATS, Certificate
 
 EXACT = Certificate(
     **{"max_nats": 5.8e-6, "mean_nats": 1.8e-7, "num_tokens": 5576, "engine": "fp32", "policy": "fp32"},
@@ -75,3 +75,10 @@ def test_a_cut_distribution_is_not_said_to_differ(top_p: float, top_k: int, said
     assert said in sentence
     assert "equal weights" not in sentence
     assert sentence.endswith("the cut alone makes them differ")
+
+
+def test_products_that_are_rounded_to_tf32_have_a_limit_of_their_own() -> None:
+    rounded = dataclasses.replace(EXACT, max_nats=LIMIT_NATS_TF32, is_tf32=True)
+    rounded.check()
+    with pytest.raises(RefitError, match=r"in float32 \(limit 0\.05\)"):
+        dataclasses.replace(rounded, max_nats=LIMIT_NATS_TF32 * 1.01).check()

@@ -1,0 +1,50 @@
+"""Engines of configurations: what vLLM makes of our arguments, its models beside the layout, and a refit through its own steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_r1z.config import TrainConfig, load_config
+from megatron_r1z.rehearse.roles import Found
+from tests.gpu_stack.conftest import Rehearsed
+
+RUNS = {
+    "llama 70b": ("llama3.1-70b-h100", 7),
+    "llama 8b, fp8": ("llama3.1-8b-h100-fp8", 0),
+    "qwen2 7b": ("qwen2.5-7b-h100", 1),
+    "qwen3 8b, fp8": ("qwen3-8b-h100-fp8", 1),
+}
+
+
+@pytest.fixture(params=RUNS, scope="session")
+def case(request: pytest.FixtureRequest, rehearsed: Rehearsed) -> tuple[Found, TrainConfig]:
+    name, rank = RUNS[request.param]
+    return rehearsed("engine_role", name, rank), load_config(TrainConfig, f"configs/{name}.yaml")
+
+
+def test_a_refit_finds_the_parameters_of_the_layout(case: tuple[Found, TrainConfig]) -> None:
+    found, _ = case
+    assert found.layout_differences == ()
+    assert found.num_parameters > 0
+
+
+def test_the_engine_starts_beside_a_policy(case: tuple[Found, TrainConfig]) -> None:
+    """vLLM asks for a share of the device before it looks at the cache that it is given."""
+    found, config = case
+    assert found.figures["starts_beside_a_full_device"]
+    assert found.figures["kv_cache_bytes"] == config.rollout.kv_cache_bytes
+
+
+def test_the_engine_is_of_the_configuration(case: tuple[Found, TrainConfig]) -> None:
+    found, config = case
+    is_fp8 = config.precision.engine == "fp8"
+    assert ("Fp8Config" in found.figures["quantisation"]) == is_fp8
+    assert ("float8_e4m3fn" in found.figures["formats"]) == is_fp8
+    assert found.figures["executor"] == "external_launcher"
+
+
+def test_a_second_copy_is_kept_where_kernels_have_a_layout_of_their_own(case: tuple[Found, TrainConfig]) -> None:
+    found, config = case
+    weights, refit = (next(item for item in found.phases if item.name == name) for name in ("weights", "refit"))
+    grown = refit.kept / weights.kept
+    assert grown == pytest.approx(2.0, rel=0.2) if config.precision.engine == "fp8" else grown == pytest.approx(1.0, rel=0.01)

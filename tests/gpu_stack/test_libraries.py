@@ -1,0 +1,59 @@
+"""What the package relies on in the libraries of a GPU environment, one by one: whichever moves fails here by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import megatron_r1z
+
+PACKAGE = Path(megatron_r1z.__file__).parent
+
+
+def run(program: str, **environment: str) -> str:
+    """What a program prints in a process of its own."""
+    import os
+
+    child = subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return child.stdout.strip().splitlines()[-1]
+
+
+def test_the_names_of_kernels_are_of_the_transformer_engine_that_is_installed() -> None:
+    version = json.loads((PACKAGE / "rehearse" / "bindings.json").read_text())["version"]
+    assert metadata.version("transformer-engine").split(".")[:2] == version.split(".")[:2], "run tools/te_bindings.py"
+
+
+def test_whole_tensors_are_a_source_of_weights() -> None:
+    """vLLM 0.33 reads `metadata` as an attribute and goes over the tensors as often as it likes."""
+    program = """
+from megatron_r1z.rehearse.native import load_libraries
+load_libraries()
+import torch
+from megatron_r1z.rollout.weights import CheckpointSource
+source = CheckpointSource([("a", (2, 3)), ("b", (4,))], torch.bfloat16, [("a", torch.zeros(2, 3)), ("b", torch.zeros(4))])
+assert source.implements_iter_full()
+assert [(item.name, tuple(item.shape)) for item in source.metadata] == [("a", (2, 3)), ("b", (4,))]
+assert source.owned_names(0) == ["a", "b"]
+assert all([name for name, _ in source.iter_full()] == ["a", "b"] for _ in range(2))
+print("good")
+"""
+    assert run(program) == "good"
+
+
+@pytest.mark.parametrize(("value", "precision"), [("ieee", "ieee"), ("tf32", "tf32")])
+def test_triton_multiplies_float32_as_its_variable_says(value: str, precision: str) -> None:
+    program = "from triton import knobs; print(knobs.language.fp32_default)"
+    assert run(program, TRITON_F32_DEFAULT=value) == precision
+
+
+def test_cublas_knows_the_variable_that_keeps_float32() -> None:
+    folder = next(Path(path) for path in sys.path if (Path(path) / "nvidia").is_dir()) / "nvidia"
+    libraries = sorted(folder.glob("*/lib/libcublasLt.so.*"))
+    assert libraries
+    assert all(b"NVIDIA_TF32_OVERRIDE" in library.read_bytes() for library in libraries)
