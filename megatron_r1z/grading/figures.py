@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from itertools import accumulate, pairwise
 
-_COMMA = r"(?:\{\\?,(?:\\!)?\}|\\!,|,(?: ?\\!)+ ?)"
+_COMMA = r"(?:\{\\?,(?:\\!)?\} *|\\!,|,(?: ?\\!)+ *)"
 """A comma that is protected from being spaced as a separator: `{,}`, `,\\!`."""
 _SPACE = r"(?: ?(?<!\\)\\[,;:>] ?|~|(?<!\\)\\ | ?\\(?:thin|med|thick)space(?![a-z]) ?|\{ \})"
 _HEAD = r"(?<![\d._^])(?<!\\frac)(?<!\\sqrt)(?<!\\binom)[1-9]\d{0,2}"

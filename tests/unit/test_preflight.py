@@ -573,6 +573,7 @@ def test_responses_by_other_references_to_other_prompts_or_of_another_model_are_
         )
         check = partial(check_analyse, config)
         path = folder / "run" / "analysis" / "responses" / "no_t0.5.jsonl"
+    save_weights(folder / "model")
     record_work(config.folder, config)
     write_records(path, ROWS)
     check()
@@ -583,12 +584,15 @@ def test_responses_by_other_references_to_other_prompts_or_of_another_model_are_
     with pytest.raises(DataError, match=r"responses to other questions; the first is on line 2"):
         check()
     write_records(path, ROWS)
-    save_file({"model.norm.weight": torch.zeros(1)}, folder / "model" / "model.safetensors")
+    tensors = {spec.name: torch.ones(spec.shape) for spec in hf_tensors(load_shape(folder / "model"))}
+    save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"responses with other weights than .* has now \(model.path: model.safetensors\)"):
         check()
 
 
-def test_a_run_that_would_go_on_as_another_is_refused_before_ranks_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_would_go_on_as_another_is_refused_before_ranks_start(
+    folder: Path, make_checkpoint: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands: list[tuple[Any, Callable[[Any], object], Any]] = [
         (train_config(folder), check_train, train_config(folder, rollout={"seed": 5})),
         (pretrain_config(folder), check_pretrain, pretrain_config(folder, corpus={"seed": 5})),
@@ -598,8 +602,7 @@ def test_a_run_that_would_go_on_as_another_is_refused_before_ranks_start(folder:
         shutil.rmtree(run, ignore_errors=True)
         record_work(run, config, goes_on=False)
         check(other)
-        (run / "checkpoints" / "step_000001").mkdir(parents=True)
-        (run / "checkpoints" / "step_000001" / "state.json").write_text("{}")
+        make_checkpoint(run / "checkpoints" / "step_000001")
         with pytest.raises(ConfigError, match=r"seed 0, which is now 5"):
             check(other)
         monkeypatch.setenv("RANK", "1")  # of torchrun, where the first rank says it

@@ -229,4 +229,4 @@ def _stored_rows(name: str) -> list[dict[str, Any]]:
     path = DATA / name
     if not path.exists():
         pytest.skip(f"shared/data/{name} is not beside this checkout")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -21,6 +21,7 @@ from megatron_r1z.reshard.refit import Refit, check_parameters
 SHAPE = ModelShape("qwen2", 2, 16, 4, 2, 4, 24, 70, True, True, False, 1e4, None, 1e-6, 128)
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
     "num_hidden_layers": 4,
     "hidden_size": 16,
     "num_attention_heads": 4,
