@@ -91,7 +91,7 @@ def joined_ranks(config: Settings) -> Iterator[None]:
     """Inside, this rank is part of the default process group."""
     check_world_size(config.parallel.num_ranks)
     torch.set_num_threads(config.parallel.threads_per_rank)
-    keep_float32(config.precision)
+    keep_float32(config.precision.policy, config.precision.engine)
     start_process_group()
     yield
     if dist.is_initialized():  # an engine that was closed has ended it

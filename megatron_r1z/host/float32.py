@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import os
 
-from megatron_r1z.config import PrecisionConfig
-
 VARIABLES = {"NVIDIA_TF32_OVERRIDE": "0", "TRITON_F32_DEFAULT": "ieee"}
 """Of cuBLAS, which reads its own when a product is first asked for; of Triton, which reads its own when a kernel is compiled."""
 
 
-def keep_float32(precision: PrecisionConfig) -> None:
+def keep_float32(policy: str, engine: str) -> None:
     """Have libraries multiply in float32 where policy or engine are in float32; before the first product. What the user has set stays."""
-    if "fp32" in (precision.policy, precision.engine):
+    if "fp32" in (policy, engine):
         for name, value in VARIABLES.items():
             os.environ.setdefault(name, value)
 

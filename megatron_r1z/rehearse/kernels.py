@@ -32,7 +32,7 @@ def shape_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
         found[name] = _in_place
     found["thd_read_half_tensor"], found["thd_read_second_half_lse"] = thd_read_half_tensor, thd_read_second_half_lse
     found["fused_amax_and_scale_update_after_reduction"] = _in_place
-    found["get_fused_attn_backend"] = lambda *_arguments: (module.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, "")
+    found["get_fused_attn_backend"] = lambda *_arguments: (_fused_attention(module.NVTE_Fused_Attn_Backend), "")
     return {name: _counted(name, function) for name, function in found.items()}
 
 
@@ -151,6 +151,12 @@ def swap_first_dims(tensor: Tensor, out: Tensor | None = None) -> Tensor:
 def fp8_transpose(tensor: Tensor, _dtype: Any, out: Tensor | None = None) -> Tensor:
     """The last dimension comes first."""
     return out if out is not None else torch.empty(tensor.shape[-1], *tensor.shape[:-1], dtype=tensor.dtype, device=tensor.device)
+
+
+def _fused_attention(backends: Any) -> Any:
+    """cuDNN's for packed sequences, which Transformer Engine 2.20 had on Hopper and newer alone (`common/fused_attn/fused_attn.cpp`)."""
+    is_new = torch.cuda.get_device_capability() >= (9, 0)
+    return backends.NVTE_F16_arbitrary_seqlen if is_new else backends.NVTE_No_Backend
 
 
 def _in_place(*_arguments: Any, **_options: Any) -> None:

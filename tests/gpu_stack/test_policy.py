@@ -8,10 +8,11 @@ from megatron_r1z.config import TrainConfig, load_config
 from megatron_r1z.cost.activations import BatchSize
 from megatron_r1z.cost.formats import policy_format
 from megatron_r1z.cost.policy_memory import PolicyMemory
+from megatron_r1z.errors import UsageError
 from megatron_r1z.layout.known import find_shape
-from megatron_r1z.rehearse.roles import Found
+from megatron_r1z.rehearse.roles import Found, make_task, rehearse
 from megatron_r1z.rehearse.said import unexplained
-from tests.gpu_stack.conftest import Rehearsed
+from tests.gpu_stack.conftest import H100, Rehearsed
 
 RUNS = {
     "70b first": ("llama3.1-70b-h100", 0),
@@ -79,3 +80,10 @@ def test_fp8_travels_as_fp8(rehearsed: Rehearsed) -> None:
     assert found.figures["tokens"] % (128 * 8) == 0
     assert found.kernels["swap_first_dims"] > 0
     assert not [text for text in found.warnings if "high precision" in text]
+
+
+def test_an_attention_that_keeps_scores_is_refused() -> None:
+    """Which Transformer Engine takes where neither flash-attn nor cuDNN has one for packed sequences, as on GPUs before Hopper."""
+    path, a100 = "configs/qwen2.5-7b-h100.yaml", {**H100, "gpu": "NVIDIA A100", "capability": (8, 0)}
+    with pytest.raises(UsageError, match="in bf16 Transformer Engine has its unfused one, which keeps the scores"):
+        rehearse("policy_role", make_task(load_config(TrainConfig, path), path, (), 0, **a100))

@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 
-from megatron_r1z.config import PrecisionConfig
 from megatron_r1z.host.float32 import VARIABLES, keep_float32, may_round_float32
 
 
@@ -22,14 +21,14 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.usefixtures("unset")
 @pytest.mark.parametrize(("policy", "engine", "is_set"), [("fp32", "fp32", True), ("bf16", "fp32", True), ("bf16", "bf16", False)])
 def test_libraries_are_told_where_a_side_is_in_float32(policy: str, engine: str, is_set: bool) -> None:
-    keep_float32(PrecisionConfig(policy=policy, engine=engine))  # type: ignore[arg-type]
+    keep_float32(policy, engine)
     assert {name: os.environ.get(name) for name in VARIABLES} == (VARIABLES if is_set else dict.fromkeys(VARIABLES))
 
 
 def test_what_the_user_has_set_stays_and_is_told(unset: pytest.MonkeyPatch) -> None:
     unset.setattr(torch.cuda, "is_available", lambda: True)
     unset.setenv("TRITON_F32_DEFAULT", "tf32x3")
-    keep_float32(PrecisionConfig(policy="fp32", engine="fp32"))
+    keep_float32("fp32", "fp32")
     assert os.environ["TRITON_F32_DEFAULT"] == "tf32x3"
     assert may_round_float32()
     unset.setenv("TRITON_F32_DEFAULT", "ieee")

@@ -28,6 +28,9 @@ OTHER_WRITERS = {
     "data/inputs.py": "digests",
     "assemble.py": "versions",
     "host/segments.py": "numbers of files",
+    "fp8/machine.py": "what a child process found",
+    "rehearse/engine_role.py": "a model's config.json",
+    "rehearse/roles.py": "what goes between processes",
     "host/supervisor.py": "the error of a rank",
 }
 """Files that may call `json.dump` or `json.dumps` themselves: they write no figures."""
