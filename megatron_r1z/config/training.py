@@ -119,7 +119,8 @@ class OptimizerConfig:
     distributed: bool = False
     """Split optimizer state over data-parallel and context-parallel ranks (Megatron's distributed optimizer)."""
     offload_to_host: bool = False
-    """Keep optimizer state in the host's memory and take the step there; needs a GPU and `distributed`. Not run on a GPU yet."""
+    """Keep optimizer state in the host's memory and take the step there, on `parallel.threads_per_rank` threads: raise that. Needs a GPU
+    and `distributed`. Not run on a GPU yet."""
     max_skipped_steps: int = 3
     """Optimizer steps in a row that are skipped, because a loss or gradient is not finite, before the run stops."""
 

@@ -108,9 +108,20 @@ class Command:
         except subprocess.TimeoutExpired:
             self.end()
             raise
-        left = [" ".join(process.cmdline()) for process in self.processes()]
+        left = self.left_processes()
         stdout, stderr = (path.read_text() for path in self.outputs)
         return Outcome(status, stdout, stderr, left, self.left_segments())
+
+    def left_processes(self, patience: float = 30) -> list[str]:
+        """Those that stay: Python's tracker of resources ends when it sees that its process has ended."""
+        deadline = time.monotonic() + patience
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        found = []
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(" ".join(process.cmdline()))
+        return found
 
     def left_segments(self, patience: float = 60) -> list[str]:
         """Those of no process that stay so: for a moment there may be some of another run, which is being killed beside this one."""

@@ -48,6 +48,7 @@ def texts(task: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="session")
 def arguments(pretraining: list[str], texts: list[str]) -> list[str]:
     short = [f"corpus.steps={STEPS}", "corpus.documents_per_step=32", "optimizer.warmup_steps=2", f"optimizer.decay_steps={STEPS}"]
+    short.append("optimizer.eps=1e-5")  # with a small one an element whose gradient is rounding alone moves by a whole step
     return [*pretraining, *texts, *short, "parallel.micro_batch_tokens=256", "checkpoint.every=8", "checkpoint.keep=2"]
 
 
@@ -156,11 +157,11 @@ def test_weights_out_of_range_end_the_run_at_the_steps_that_were_skipped(argumen
     outcome = cli.run(
         "pretrain", *arguments, *LAYOUTS["tp2"], "optimizer.lr=1e30", "optimizer.warmup_steps=0", f"logging.folder={tmp_path}"
     )
-    assert outcome.status == 1
+    assert outcome.status == 3
     (sentence,) = outcome.stderr.splitlines()
     assert "3 optimizer steps in a row were skipped, the last of them optimizer step 4: the loss was not finite for " in sentence
     assert "of 32 samples (3/" in sentence
-    assert "; step 4 is in the newest checkpoint" in sentence
+    assert "no checkpoint was written, there is no checkpoint yet" in sentence
     assert [row["pretrain/skipped_steps"] for row in steps_of(tmp_path)] == [0.0, 1.0, 1.0, 1.0]
-    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000004"
+    assert not (tmp_path / "checkpoints").exists()
     assert outcome.processes == outcome.segments == []

@@ -93,15 +93,19 @@ def test_biases_and_norms_are_not_decayed(results: Results, layout: str) -> None
 # -------------------------------------------------------------------------------------------------------------------- a whole run
 
 REWARD = """
+from pathlib import Path
+
+LATEST = Path(__file__).parent / "run" / "checkpoints" / "latest"
+
 def reward(response, answers, finish_reason):
     right = float(any(answer in response for answer in answers))
-    return right * (1e300 if int(answers[0]) % 2 else 1.0)  # finite, and too large for float32
+    return right * (1e300 if LATEST.exists() and int(answers[0]) % 2 else 1.0)  # finite, and too large for float32
 """
 
 
 @pytest.fixture(scope="module")
 def stopped(base: Path, task: Any, cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A run in which the samples of odd answers have advantages that float32 does not hold: folder and outcome."""
+    """A run in which the samples of odd answers have advantages that float32 does not hold once a checkpoint is there: folder and outcome."""
     folder = tmp_path_factory.mktemp("stopped")
     (folder / "reward.py").write_text(REWARD)
     arguments = [

@@ -276,11 +276,14 @@ def test_iteration_takes_several_optimizer_steps(two_steps: dict[str, tuple[Path
     steps = rows_of(folder, "step")
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert all(math.isfinite(value) for row in steps + iterations_of(folder) for value in row.values())
-    assert [row["update/clip_fraction"] > 0 for row in steps] == [False, True, False, True]
-    assert all(row["update/ratio_max"] == pytest.approx(1, abs=1e-4) for row in steps[::2])  # no weight has moved since the rollout
+    firsts, seconds = ([row for row in steps[start::2] if row["update/trained_tokens"]] for start in (0, 1))
+    assert firsts
+    assert all(row["update/clip_fraction"] == 0 for row in firsts)  # no weight has moved since the rollout
+    assert all(row["update/ratio_max"] == pytest.approx(1, abs=1e-4) for row in firsts)
+    assert any(row["update/clip_fraction"] > 0 for row in seconds)
     for row, first, second in zip(iterations_of(folder), steps[::2], steps[1::2], strict=True):
         tokens = [step["update/trained_tokens"] for step in (first, second)]
-        clipped = sum(step["update/clip_fraction"] * count for step, count in zip((first, second), tokens, strict=True))
+        clipped = sum(step.get("update/clip_fraction", 0.0) * count for step, count in zip((first, second), tokens, strict=True))
         assert row["update/clip_fraction"] == pytest.approx(clipped / sum(tokens))
         assert {sample["step"] for sample in rollouts_of(folder, int(row["iteration"]) - 1)} == {0, 1}
 
