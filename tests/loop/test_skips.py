@@ -105,7 +105,7 @@ def reward(response, answers, finish_reason):
 
 @pytest.fixture(scope="module")
 def stopped(base: Path, task: Any, cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A run in which, once a checkpoint is there, the samples of odd answers have advantages that float32 does not hold: folder and outcome."""
+    """A run that, once it has a checkpoint, has samples of odd answers whose advantages float32 does not hold: folder and outcome."""
     folder = tmp_path_factory.mktemp("stopped")
     (folder / "reward.py").write_text(REWARD)
     arguments = [
