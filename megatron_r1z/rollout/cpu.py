@@ -13,6 +13,7 @@ Written for vLLM 0.32 (`tests/unit/rollout/test_cpu.py` fails when what is relie
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -34,8 +35,8 @@ def prepare_import() -> None:
     """Set what vLLM reads when it is imported; a value that the user has set stays. oneDNN's instruction set holds for vLLM as well."""
     for name, value in (ENVIRONMENT | ({} if torch.cuda.is_available() else CPU_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
-    capabilities = MappingProxyType(held_back(torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")))
-    torch.cpu.get_capabilities = lambda: capabilities  # type: ignore[assignment]
+    left: Mapping[str, Any] = MappingProxyType(held_back(torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")))
+    torch.cpu.get_capabilities = functools.cache(lambda: left)
     logging.getLogger("vllm").setLevel(logging.ERROR)  # it speaks before it reads its own setting
 
 
