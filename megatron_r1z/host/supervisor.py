@@ -35,7 +35,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_r1z.errors import R1ZError, TrainingError
-from megatron_r1z.host.segments import forget_segments, remove_orphaned_segments
+from megatron_r1z.host.segments import SHARED_MEMORY, forget_segments, remove_orphaned_segments
 
 STOPPED = 130
 """Exit status after a stop that was asked for: 128 + SIGINT, as a shell reports it."""
@@ -53,7 +53,6 @@ _DYING_S = 2.0  # a killed process loses its connections, which its peers notice
 _SECOND_SIGNAL_S = 1.0  # a signal this soon after the first is the same key press, come by another way
 _KILL_S = 10.0  # a killed process that is still there then waits in the kernel, which nobody can end
 _ABANDONED_S = 120.0
-_SHARED_MEMORY = Path("/dev/shm")
 _GO_ON = "Start the run again to go on from its last checkpoint."
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
@@ -124,7 +123,7 @@ def remove_abandoned_shared_memory() -> list[str]:
 def _segments() -> dict[str, float]:
     """The segments of this user's engines and when they were made."""
     found = {}
-    for path in _SHARED_MEMORY.glob("*-cpushm*"):
+    for path in SHARED_MEMORY.glob("*-cpushm*"):
         with contextlib.suppress(FileNotFoundError):  # another run removes its own
             status = path.stat()
             if status.st_uid == os.getuid():
@@ -143,7 +142,7 @@ def _mappings() -> str:
 
 def _unlink(names: list[str]) -> list[str]:
     for name in names:
-        (_SHARED_MEMORY / name).unlink(missing_ok=True)
+        (SHARED_MEMORY / name).unlink(missing_ok=True)
     return names
 
 
