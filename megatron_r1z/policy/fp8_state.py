@@ -39,7 +39,7 @@ def scales_kept(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
     Tensors are written in place: Transformer Engine's global buffers refer to them.
     """
     modules = list(chunks)
-    before = [(state, state.scale.clone(), state.amax_history.clone()) for state in _delayed_states(modules)]
+    before = [(state, state.scale.clone(), state.amax_history.clone()) for state in delayed_states(modules)]
     try:
         yield
     finally:
@@ -47,7 +47,7 @@ def scales_kept(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
             state.scale.copy_(scale)
             state.amax_history.copy_(amax_history)
         known = {id(state) for state, *_ in before}
-        for state in _delayed_states(modules):
+        for state in delayed_states(modules):
             if id(state) not in known:
                 state.scale.fill_(1.0)
                 state.amax_history.zero_()
@@ -68,7 +68,8 @@ def check_same_number(num_micro_batches: int, device: torch.device) -> None:
         )
 
 
-def _delayed_states(modules: Sequence[torch.nn.Module]) -> list[DelayedState]:
+def delayed_states(modules: Sequence[torch.nn.Module]) -> list[DelayedState]:
+    """What modules of Transformer Engine keep under recipe `delayed`; nothing under the others."""
     metas = (getattr(module, "fp8_meta", None) for chunk in modules for module in chunk.modules())
     states: Iterator[Any] = (meta.get(key) for meta in metas if isinstance(meta, dict) for key in ("scaling_fwd", "scaling_bwd"))
     return [state for state in states if isinstance(getattr(state, "amax_history", None), Tensor)]

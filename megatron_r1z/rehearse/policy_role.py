@@ -80,7 +80,7 @@ def _play(task: Task, said: list[str]) -> Found:
         policy.start_training(make_loss(config.algorithm), config.optimizer)
         phases.end("gradients and master weights")
         with unset_fake_temporarily():
-            batch = _batch(config, policy, task)
+            batch = full_batch(config, policy, task)
         policy.response_logprobs(batch.micro_batches)
         phases.end("log-probs")
         for number in range(STEPS):
@@ -100,14 +100,14 @@ def _play(task: Task, said: list[str]) -> Found:
             "operations": live.num_operations,
         }
     stage = topology.coordinates(task.rank).pp_rank
-    planned = _planned(config, shape, stage, BatchSize(figures["tokens"], figures["responses"], figures["micro_batches"]))
+    planned = planned_bytes(config, shape, stage, BatchSize(figures["tokens"], figures["responses"], figures["micro_batches"]))
     return Found(
         role=f"policy, stage {stage} of {topology.pp}",
         rank=task.rank,
         phases=tuple(_with_plan(phase, planned) for phase in phases.ended),
         num_parameters=count,
         layout_differences=differences,
-        attention=_attention(),
+        attention=attention_taken(),
         warnings=tuple(dict.fromkeys(said)),
         kernels=dict(kernels.calls),
         figures=figures,
@@ -136,7 +136,7 @@ def _compare_layout(config: TrainConfig, shape: ModelShape, rank: int, live: Any
     return tuple(f"{name}: layout {wanted.get(name)}, model {found.get(name)}" for name in names), len(found)
 
 
-def _batch(config: TrainConfig, policy: Any, task: Task) -> Any:
+def full_batch(config: TrainConfig, policy: Any, task: Task) -> Any:
     """Full micro-batches of samples that are as long as they may be, as many as fill the pipeline twice."""
     from megatron_r1z.packing import pack
     from megatron_r1z.types import Sample
@@ -155,7 +155,7 @@ def _batch(config: TrainConfig, policy: Any, task: Task) -> Any:
     return pack(samples, rules, place.dp_rank, place.cp_rank, token_weight=lambda _length: 1.0, denominator=count)
 
 
-def _planned(config: TrainConfig, shape: ModelShape, stage: int, batch: BatchSize) -> dict[str, int]:
+def planned_bytes(config: TrainConfig, shape: ModelShape, stage: int, batch: BatchSize) -> dict[str, int]:
     """What `plan` says of each phase, of tensors on the device."""
     memory = PolicyMemory(shape, config.parallel, config.optimizer, policy_format(config.precision), batch)
     statics = memory.weights(stage) + memory.gradients(stage) + memory.optimizer_state(stage)
@@ -166,7 +166,7 @@ def _with_plan(phase: Phase, planned: dict[str, int]) -> Phase:
     return Phase(phase.name, phase.kept, phase.most, phase.seconds, planned.get(phase.name))
 
 
-def _attention() -> tuple[str, ...]:
+def attention_taken() -> tuple[str, ...]:
     """What Transformer Engine's choice was."""
     from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
 

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megatron_r1z.config import AlgorithmConfig, Fp8Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.host.float32 import keep_float32
 from megatron_r1z.layout.blocks import Layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
 from megatron_r1z.layout.topology import Topology
@@ -43,13 +43,14 @@ class Settings:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     tasks = torch.load(folder / "tasks.pt", weights_only=False)
+    keep_float32("fp32", "fp32")  # a GPU may multiply otherwise
     start_process_group(300)
     results = {}
     for topology, group in groupby(sorted(tasks, key=lambda task: repr(topology_of(task))), key=topology_of):
         start_megatron(topology, seed=1)
         for task in group:
             everywhere = float64_everywhere() if task["precision"] == FP8_IN_FLOAT64 else nullcontext()
-            with mock.patch.dict(logprob.TILE_BYTES, cpu=task["tile_bytes"]), everywhere:
+            with mock.patch.dict(logprob.TILE_BYTES, dict.fromkeys(logprob.TILE_BYTES, task["tile_bytes"])), everywhere:
                 results[task["name"]] = take_steps(task, topology)
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
@@ -94,6 +95,8 @@ def from_float32(rounding: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
 
 def take_steps(task: dict, topology: Topology) -> dict:
     """Load the weights, compute log-probs, take two optimizer steps on the same batch, collect the new weights."""
+    from transformers import AutoModelForCausalLM  # tests/gpu takes the rest of this file without it
+
     settings = Settings(
         ModelConfig(path=task["model"]),
         parallel_of(task),
@@ -101,7 +104,7 @@ def take_steps(task: dict, topology: Topology) -> dict:
     )
     optimizer = OptimizerConfig(lr=task["lr"], eps=task["eps"], clip_grad=task["max_norm"], distributed=task["distributed"])
     shape = load_shape(task["model"])
-    layout = megatron_layout(shape, topology, 1)
+    layout = megatron_layout(shape, topology, 1, "te" if model.has_transformer_engine() else "local")
     padded = padded_vocab_size(shape.vocab_size, topology.tp)
     policy = MegatronPolicy(settings, shape, topology, padded_vocab_size=padded)
     copy_in(layout, policy.parameters(), AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).state_dict())
