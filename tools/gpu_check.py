@@ -194,7 +194,7 @@ class Runner:
             variables["CUDA_VISIBLE_DEVICES"] = ""
         if check.on_cpu or self._hides_engine:
             variables["PYTHONPATH"] = os.pathsep.join([str(ROOT / HIDING), os.environ.get("PYTHONPATH", str(ROOT))])
-        return {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "4"} | variables
+        return {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

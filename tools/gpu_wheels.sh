@@ -7,10 +7,10 @@
 # For Python 3.12 and CUDA 13, all but torch: that machine's own is used. What only tests need is there too, without transformers and vLLM.
 #
 # Transformer Engine's torch part must have been compiled for the very torch of that machine. Its wheel is taken from the folder WHEELS
-# (build/wheels), where `make gpu-env-full` leaves one for the torch that vLLM pins. For another torch, such as 2.11, in a virtual environment
-# of Python 3.12 with a C++ compiler and without a GPU:
+# (build/wheels), where `make gpu-env-full` leaves one for the torch that vLLM pins. For another, where TORCH is what `torch.__version__` says
+# on that machine, in a virtual environment of Python 3.12 with a C++ compiler and without a GPU:
 #
-#     pip install torch==2.11.0 "setuptools>=77" wheel ninja pybind11 nvidia-cuda-crt nvidia-cudnn-frontend transformer-engine-cu13==2.20.2
+#     pip install "torch==TORCH" "setuptools>=77" wheel ninja pybind11 nvidia-cuda-crt nvidia-cudnn-frontend transformer-engine-cu13==2.20.2
 #     NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE \
 #         pip wheel --no-deps --no-build-isolation --wheel-dir build/wheels transformer-engine-torch==2.20.2
 #

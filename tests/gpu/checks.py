@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import importlib.util
 import json
 import os
 import random
@@ -37,6 +38,7 @@ from megatron_r1z.fp8.machine import read_facts, transformer_engine_version
 from megatron_r1z.fp8.recipes import machine_refusal
 from megatron_r1z.host.float32 import keep_float32
 from megatron_r1z.layout.families import ModelShape, hf_tensors
+from megatron_r1z.policy.fp8_state import delayed_states
 from megatron_r1z.types import Sample
 
 SKIPPED = 77
@@ -450,8 +452,6 @@ def weights_apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
 
 def scales() -> None:
     """Log-prob passes leave scales and histories of recipe `delayed` as they were, and so the steps that follow them."""
-    from megatron_r1z.policy.fp8_state import delayed_states
-
     if layers() != "te":
         raise Skip("recipe delayed keeps its scales in Transformer Engine, and there is none on a GPU here")
     shape, weights = SHAPES["llama"], []
@@ -502,6 +502,8 @@ def refit() -> None:
     from megatron_r1z.layout.topology import Topology
     from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 
+    if place().type == "cpu" and importlib.util.find_spec("numba") is None:
+        raise Skip("a refit on a CPU needs numba")
     name, shape = large_shape()
     with one_rank("bf16"):
         source, destination = megatron_layout(shape, Topology(1), 1, layers()), engine_layout(shape, 1, 1)
