@@ -89,7 +89,7 @@ def all_checks(out: Path) -> list[Check]:
         *(own(60, "fp8", recipe) for recipe in recipes[1:]),
         *(own(90, "steps", f"fp8-{recipe}", reference) for recipe in recipes[1:]),
         own(120, "memory", "bf16", "parallel.recompute=none"),
-        tests("tests of FP8", 120, "tests/unit/fp8", "tests/unit/policy/test_fp8_state.py"),
+        tests("tests of FP8", 120, "tests/unit/fp8/test_blocks.py", "tests/unit/policy/test_fp8_state.py"),
         tests("layouts of one rank", 900, "tests/loop/test_layouts.py", "-k", "tp1", is_quick=False, needs="transformers"),
         tests("unit tests", 3600, "tests/unit", is_quick=False, on_cpu=True, needs="transformers"),
         Check("smoke", ("bash", "tools/smoke.sh", smoke), 900, is_quick=False, needs="vllm"),
