@@ -141,7 +141,7 @@ def test_the_staged_code_runs_by_itself(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     program = "import megatron_r1z.cli as cli; print(cli.__file__)"
     found = subprocess.run([sys.executable, "-c", program], cwd="/", env=environment, capture_output=True, text=True, check=True).stdout
-    assert Path(found.strip()) == tmp_path / "megatron_r1z" / "cli.py"
+    assert Path(found.strip()) == tmp_path / "megatron_r1z" / "cli" / "__init__.py"
 
 
 def test_work_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
