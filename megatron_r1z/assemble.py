@@ -25,7 +25,9 @@ from megatron_r1z.cost.formats import engine_format
 from megatron_r1z.data.changes import go_on, record_work
 from megatron_r1z.data.corpus import DocumentStream, load_texts
 from megatron_r1z.data.fingerprint import RowsMark
-from megatron_r1z.data.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_stops, make_template
+from megatron_r1z.data.prompts import PromptSet, PromptStream, load_prompts
+from megatron_r1z.data.templates import make_stops, make_template
+from megatron_r1z.data.tokenizer import load_tokenizer
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluation.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.fp8.machine import read_facts

@@ -12,7 +12,8 @@ from megatron_r1z.analysis.figures import CellFigures, make_figures
 from megatron_r1z.analysis.plots import draw
 from megatron_r1z.analysis.report import make_tree, render, summarise
 from megatron_r1z.config import AnalyseConfig, Template
-from megatron_r1z.data.prompts import Question, load_questions, name_sources
+from megatron_r1z.data.naming import name_sources
+from megatron_r1z.data.questions import Question, load_questions
 from megatron_r1z.evaluation.evaluate import Evaluation, evaluate_set
 from megatron_r1z.evaluation.scores import QuestionResult, powers_up_to
 from megatron_r1z.host.rank import StopFlag

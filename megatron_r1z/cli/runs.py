@@ -16,6 +16,7 @@ from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, Parall
 from megatron_r1z.host.collector import paused_collector
 from megatron_r1z.host.rank import STOPPED, is_rank, is_supervised, leftover_notice, rank_entry
 from megatron_r1z.host.supervisor import Patience, run_ranks
+from megatron_r1z.weights.resume_point import POINTER
 
 if TYPE_CHECKING:
     from megatron_r1z.assemble import Weights
@@ -185,7 +186,7 @@ def _be_rank(config: Config, make: Callable[[Config, Weights], AbstractContextMa
 
 
 def _say_where(say: Callable[[str], None], folder: Path, finished: bool, export: bool) -> None:
-    has_checkpoint = (folder / "checkpoints" / "latest").exists()
+    has_checkpoint = (folder / "checkpoints" / POINTER).exists()
     if has_checkpoint:
         say(f"checkpoint   {folder / 'checkpoints'}")
     if finished and export:
