@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first hour on a GPU: the checks of docs/gpu.md in order, each in a process of its own with its own time. No network is asked.
 #
-#     bash tools/gpu_check.sh [--quick] [--wheels FOLDER] [--out FOLDER] [--minutes N]
+#     bash tools/gpu_check.sh [--quick] [--wheels FOLDER] [--out FOLDER] [--minutes N] [--patience TIMES] [--only NAME ...]
 #
 # --quick: one GPU, no vLLM, 10 minutes at most. --wheels: packages that tools/gpu_wheels.sh has put there, in pieces or whole; what the
 # machine has stays, torch always, and nothing is installed into it. PYTHON names another Python than python3, COMMIT the version where
