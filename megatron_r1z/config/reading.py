@@ -19,15 +19,29 @@ from megatron_r1z.errors import ConfigError
 
 Record = TypeVar("Record")
 
+REMOVED: Mapping[str, tuple[object, str]] = {
+    "precision.fp8.param": (False, "weights cannot be written into what Transformer Engine keeps then"),
+}
+"""Fields that earlier versions had, by dotted key: the value that says what every run does now, and why there is no other."""
 
-def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+
+def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = (), *, is_record: bool = False) -> Config:
     """Read YAML at `path` and the files it builds on (`base`), apply `section.field=value` overrides and check everything.
+
+    Args:
+        kind: of configuration.
+        path: of the file.
+        overrides: `section.field=value`.
+        is_record: what an earlier run wrote down, perhaps by a version with fields that are gone: those that say what is done now
+            are left out.
 
     Raises:
         ConfigError: one sentence with the file, the key and, for an unknown key, the nearest known one.
     """
     source, overridden = _read(path, overrides)
     tree = source.values
+    if is_record:
+        _leave_out_removed(tree)
     _make_placed(LaunchConfig, tree.pop(LAUNCH, {}), source, overridden, LAUNCH)
     if kind is EvaluateConfig:
         tree = {name: section for name, section in tree.items() if name not in TRAINING_SECTIONS}
@@ -91,6 +105,17 @@ def _place(source: ConfigTree, key: str, overridden: Sequence[str]) -> str:
     return " with ".join(map(str, source.files(key) or (source.path,))) + ": "
 
 
+def _leave_out_removed(tree: dict[str, Any]) -> None:
+    """Fields that are gone, where they have the value that every run has now."""
+    for key, (value, _) in REMOVED.items():
+        node: Any = tree
+        *parents, last = key.split(".")
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if isinstance(node, dict) and last in node and node[last] == value:
+            del node[last]
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> str:
     """Change a value of the tree; returns its dotted key."""
     key, separator, value = override.partition("=")
@@ -147,6 +172,9 @@ def _build_record(kind: type[Any], value: Any, where: str) -> Any:
     fields = {item.name: item for item in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
     for key in value:
+        if f"{prefix}{key}" in REMOVED:
+            only, reason = REMOVED[f"{prefix}{key}"]
+            raise _ValueError(f"{prefix}{key}", f"'{prefix}{key}' is gone, every run has {only!r}: {reason}; leave it out.")
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
             raise _ValueError(f"{prefix}{key}", f"unknown key '{prefix}{key}'; did you mean '{prefix}{near}'?")

@@ -102,14 +102,14 @@ class PolicyMemory:
     def kept(self, stage: int) -> int:
         """What autograd keeps at the fullest moment: at the end of a forward pass, or while a layer that was recomputed is in memory."""
         layers, is_last = self._waiting_layers(stage), stage == self.topology.pp - 1
-        between = layers * self.token.kept(self.parallel.recompute) * self.batch.tokens
+        between = (layers * self.token.kept(self.parallel.recompute) + self._left_on_device) * self.batch.tokens
         inside = self.token.recomputed(self.parallel.recompute) * self.batch.tokens
         return round(between + max(inside, self.head.kept if is_last else 0))
 
     def update(self, stage: int) -> int:
         """What a step's forward and backward passes need at the fullest moment, which is the backward pass of a layer or of the head."""
         tokens, recompute = self.batch.tokens, self.parallel.recompute
-        between = self._waiting_layers(stage) * self.token.kept(recompute) * tokens
+        between = (self._waiting_layers(stage) * self.token.kept(recompute) + self._left_on_device) * tokens
         gradients = backward_bytes(
             self.shape, self.topology.tp, sequence_parallel=self.parallel.sequence_parallel, itemsize=self.form.itemsize
         )
@@ -123,6 +123,14 @@ class PolicyMemory:
         """What the log-prob pass needs: it keeps nothing, so one layer, or the head."""
         in_layer = round(self.token.whole * self.batch.tokens)
         return max(in_layer, self.head.forward) if stage == self.topology.pp - 1 else in_layer
+
+    @property
+    def _left_on_device(self) -> float:
+        """Of a token in all layers that are offloaded: what the feed-forward layer's gate and up projection gives.
+
+        Its activation keeps the gate, a tensor with gaps, which Transformer Engine leaves where it is (`pytorch/cpu_offload.py`).
+        """
+        return self.parallel.offload_layers * 2 * self.shape.ffn_size / self.topology.tp * self.form.itemsize
 
     def _waiting(self, stage: int) -> list[int]:
         return chunks_in_flight(self.topology, stage, self.batch.micro_batches)

@@ -200,15 +200,19 @@ def earlier_config(kind: type[Work], folder: Path) -> Work | None:
     """The configuration that a folder's work had; None where there is none.
 
     Raises:
-        ConfigError: it is that of another kind of work, or cannot be read.
+        ConfigError: it is that of another kind of work or of a version with other fields, or cannot be read.
     """
     path = folder / "config.yaml"
     if not path.exists():
         return None
     try:
-        return cast(Work, load_config(cast(Any, kind), path))
+        return cast(Work, load_config(cast(Any, kind), path, is_record=True))
     except ConfigError as error:
-        raise ConfigError(f"what {folder} holds is no work of this command ({error}); choose another logging.folder.") from error
+        reason = str(error).removesuffix(".")
+        raise ConfigError(
+            f"what {folder} holds is no work of this command in this version ({reason}); choose another logging.folder, or go on with the "
+            "version that is in its versions.json."
+        ) from error
 
 
 def describe_changes(was: AnyConfig, now: AnyConfig) -> str | None:

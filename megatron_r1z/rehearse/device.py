@@ -134,9 +134,20 @@ def pretend_device(device: Device) -> None:
     torch.cuda.default_generators = (Generator(),) * device.count  # type: ignore[assignment]
     fake_tensor.init_gpu_context = _answering(None)
     FakeTensorMode.avoid_device_init = property(lambda _self: True)  # type: ignore[assignment, method-assign]
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]  # made there; fakes cannot be swapped
+    torch.nn.Module.cuda = _moved  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda self, *_arguments: self  # type: ignore[method-assign]  # torch has no fake kernel of it
     _give_numbers()
+
+
+def _moved(module: torch.nn.Module, _device: Any = None) -> torch.nn.Module:
+    """`Module.cuda`: what was made in the host's memory is made anew; fakes cannot be swapped as torch does it."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None and parameter.device.type == "cpu":
+                made = torch.nn.Parameter(torch.empty_like(parameter, device="cuda"), requires_grad=parameter.requires_grad)
+                made.__dict__.update({key: value for key, value in parameter.__dict__.items() if key not in made.__dict__})
+                part._parameters[name] = made
+    return module
 
 
 def _properties(device: Device) -> SimpleNamespace:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from megatron_r1z.rehearse import kernels
@@ -65,7 +65,7 @@ def _answering(answer: Any) -> Callable[..., Any]:
 
 
 def _count_fakes_as_tensors() -> None:
-    """Fused attention is for `torch.Tensor`, by its type."""
+    """Fused attention is for `torch.Tensor`, by its type, and offload to the host for everything but FakeTensors."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -78,3 +78,14 @@ def _count_fakes_as_tensors() -> None:
         real(self, *arguments, **options)
 
     utils.AttentionParams.__init__ = init
+    offload = importlib.import_module("transformer_engine.pytorch.cpu_offload")
+    setattr(offload, "torch", _TorchWithoutFakes())  # noqa: B010
+
+
+class _TorchWithoutFakes:
+    """torch to a module that is not to know fakes: it finds a type of which there is nothing."""
+
+    _subclasses = SimpleNamespace(FakeTensor=type("FakeTensor", (), {}))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("torch"), name)

@@ -17,6 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_r1z.config import TrainConfig, load_config
+from megatron_r1z.cost.engine_memory import EngineMemory
+from megatron_r1z.cost.formats import engine_format, fp8_share
+from megatron_r1z.cost.memory import REFIT_WORK_BYTES
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.fp8 import by_format, fp8_matrices, modules_to_not_convert
@@ -96,7 +99,7 @@ def _play(task: Task, config: TrainConfig, folder: Path) -> dict[str, Any]:
         live.restart()
         start = time.monotonic()
         names = _receive(model, engine)
-        phases.append(Phase("refit", live.now, live.most, time.monotonic() - start))
+        phases.append(Phase("refit", live.now, live.most, time.monotonic() - start, _planned(config, shape)))
     wanted: dict[str, tuple[int, ...]] = {}
     for part in by_format(engine_layout(shape, tp, tp), matrices):
         wanted |= {name: tuple(size) for name, size in part.parameters[task.rank].items()}
@@ -112,6 +115,16 @@ def _play(task: Task, config: TrainConfig, folder: Path) -> dict[str, Any]:
         ),
         "figures": _figures(engine, model),
     }
+
+
+def _planned(config: TrainConfig, shape: ModelShape) -> int:
+    """What `plan` says of a refit: weights, a second copy where kernels have a layout of their own, and the piece that is written."""
+    share = 0.0
+    if config.precision.engine == "fp8":
+        degrees = config.parallel.tensor_parallel_size, config.rollout.tensor_parallel_size
+        share = fp8_share(shape, *degrees, config.precision.bf16_layers(shape.num_layers))
+    engine = EngineMemory(shape, config.rollout, engine_format(config.precision, share), config.max_model_tokens)
+    return engine.weights + engine.staging + REFIT_WORK_BYTES
 
 
 def _matrices(config: TrainConfig, shape: ModelShape) -> frozenset[str]:

@@ -9,6 +9,8 @@ from megatron_r1z.rehearse.device import Device
 
 DRIVER, CUDA = "580.65", 13000
 """Versions that NVML gives: a driver for CUDA 13.0."""
+SCALES_IN_WORD, ALIGNED_ROWS = 4, 4
+"""Of DeepGEMM's scales on Blackwell: exponents in 4 bytes, and rows in the 16 bytes that a copy is aligned to."""
 
 
 def pretend_platform(device: Device) -> None:
@@ -43,17 +45,20 @@ def stay_in_process() -> None:
 
 
 def pretend_deep_gemm(capability: tuple[int, int]) -> None:
-    """What of DeepGEMM is called while weights get ready: on Hopper it takes scales of 128 x 128 blocks as they are.
+    """What of DeepGEMM is called while weights get ready: the form that its products want of the scales of 128 x 128 blocks.
 
-    Raises:
-        NotImplementedError: on another GPU it packs them, in a layout that is not known here.
+    On Hopper, or where scales stay float32, that is the one they have; on Blackwell exponents alone, four to a word, for each row of the
+    matrix, rows next to each other (DeepGEMM `csrc/apis/layout.hpp`).
     """
+    import torch
     from vllm.utils import deep_gemm
 
-    def transform(sf: Any, *_arguments: Any, **_options: Any) -> Any:
-        if capability[0] != 9:
-            raise NotImplementedError(f"a rehearsal knows DeepGEMM's scales on Hopper alone, not on compute capability {capability}.")
-        return sf
+    def transform(sf: Any, mn: int, disable_ue8m0_cast: bool = False, **_options: Any) -> Any:
+        if capability[0] == 9 or disable_ue8m0_cast:
+            return sf
+        groups, words = sf.shape[0], -(-sf.shape[-1] // SCALES_IN_WORD)
+        rows = -(-mn // ALIGNED_ROWS) * ALIGNED_ROWS
+        return torch.empty_strided((groups, mn, words), (words * rows, 1, rows), dtype=torch.int32, device=sf.device)
 
     module = deep_gemm._import_deep_gemm()
     if module is not None:

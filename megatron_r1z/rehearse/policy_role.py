@@ -1,4 +1,4 @@
-"""One rank of the policy: build it, two passes for log-probs, two optimizer steps, and the state of a checkpoint.
+"""One rank of the policy: build it, an optimizer step, a pass for log-probs, another step, and the state of a checkpoint; critic too.
 
 A program: `python -m megatron_r1z.rehearse.policy_role TASK`, with `roles.Task` as JSON. It is the package's own code as `train` runs it;
 in its place stand only weights (there are none to load), the engine, and samples of full length.
@@ -6,6 +6,7 @@ in its place stand only weights (there are none to load), the engine, and sample
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 from megatron_r1z.config import TrainConfig, load_config
 from megatron_r1z.cost.activations import BatchSize
+from megatron_r1z.cost.critic import CriticMemory
 from megatron_r1z.cost.formats import policy_format
 from megatron_r1z.cost.policy_memory import PolicyMemory
 from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, megatron_layout, padded_vocab_size
@@ -26,7 +28,7 @@ from megatron_r1z.rehearse.native import load_libraries
 from megatron_r1z.rehearse.roles import Found, Phase, Task, read_task, refuse, say
 from megatron_r1z.rehearse.versions import check_versions
 
-STEPS = 2
+LAST_UPDATE, CRITIC_UPDATE = "update 2", "critic's update 2"
 """The moments of Adam come with the first one."""
 LIBRARIES = ("megatron", "transformer_engine", "torch", "vllm")
 
@@ -58,7 +60,7 @@ def _play(task: Task, said: list[str]) -> Found:
     from megatron_r1z.policy import trained
     from megatron_r1z.policy.attention import check_attention, chosen_attention
     from megatron_r1z.policy.parallel import start_megatron
-    from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch
+    from megatron_r1z.policy.policy import MegatronPolicy
     from megatron_r1z.rehearse import kernels
     from megatron_r1z.rehearse.live import LiveBytes
     from megatron_r1z.rehearse.world import start_world
@@ -79,18 +81,18 @@ def _play(task: Task, said: list[str]) -> Found:
             check_attention(chosen_attention(shape, config.parallel, config.max_model_tokens), config.parallel, config.max_model_tokens)
         policy.start_training(make_loss(config.algorithm), config.optimizer)
         phases.end("gradients and master weights")
+        critic = _critic(config, policy) if config.algorithm.has_critic else None
+        if critic is not None:
+            count += len(critic.parameters())
+            phases.end("critic")
         with unset_fake_temporarily():
             batch = full_batch(config, policy, task)
-        policy.response_logprobs(batch.micro_batches)
-        phases.end("log-probs")
-        for number in range(STEPS):
-            policy.update(TrainBatch(batch))
-            phases.end(f"update {number + 1}")
+        _take_steps(policy, critic, batch, phases)
         entries = 0
-        if (
-            config.precision.policy != "fp8" or config.precision.fp8.recipe != "delayed"
-        ):  # whose histories are pickled, which fakes cannot be
+        if not _has_histories(config):
             entries = len(policy.sharded_state(is_loading=False)["optimizer"].get("param_state") or ())
+            if critic is not None:
+                critic.sharded_state(is_loading=False)
             phases.end("state for a checkpoint")
         figures = {
             "tokens": batch.micro_batches[0].num_tokens,
@@ -127,6 +129,25 @@ class _Phases:
         self._start = time.monotonic()
 
 
+def _take_steps(policy: Any, critic: Any, batch: Any, phases: _Phases) -> None:
+    """An iteration's updates, and what comes before and in those of the next one."""
+    from megatron_r1z.policy.policy import TrainBatch
+
+    policy.update(TrainBatch(batch))
+    if critic is not None:
+        critic.update(batch)
+    phases.end("update 1")
+    if critic is not None:
+        critic.values(batch.micro_batches)
+    policy.response_logprobs(batch.micro_batches)
+    phases.end("log-probs")
+    policy.update(TrainBatch(batch))
+    phases.end(LAST_UPDATE)
+    if critic is not None:
+        critic.update(batch)
+        phases.end(CRITIC_UPDATE)
+
+
 def _compare_layout(config: TrainConfig, shape: ModelShape, rank: int, live: Any) -> tuple[tuple[str, ...], int]:
     """Parameters that differ in name or size from the layout's, and how many there are."""
     planned = megatron_layout(shape, config.parallel.topology, POLICY_VOCAB_MULTIPLE["te"], "te").parameters[rank]
@@ -134,6 +155,22 @@ def _compare_layout(config: TrainConfig, shape: ModelShape, rank: int, live: Any
     found = {name: tuple(tensor.shape) for name, tensor in live.items()}
     names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     return tuple(f"{name}: layout {wanted.get(name)}, model {found.get(name)}" for name in names), len(found)
+
+
+def _critic(config: TrainConfig, policy: Any) -> Any:
+    """Beside the policy, ready to train, as `assemble.make_critic` makes it."""
+    from megatron_r1z.policy.critic import MegatronCritic
+
+    multiple = POLICY_VOCAB_MULTIPLE["te"] * policy.topology.tp
+    critic = MegatronCritic(config, policy.shape, policy.topology, padded_vocab_size=padded_vocab_size(policy.shape.vocab_size, multiple))
+    critic.start_as(policy.parameters())
+    critic.start_training(config.algorithm.value_clip, config.optimizer.of_critic)
+    return critic
+
+
+def _has_histories(config: TrainConfig) -> bool:
+    """Of recipe delayed, whose checkpoint pickles them, which tensors without numbers cannot be."""
+    return config.precision.policy == "fp8" and config.precision.fp8.recipe == "delayed"
 
 
 def full_batch(config: TrainConfig, policy: Any, task: Task) -> Any:
@@ -147,19 +184,23 @@ def full_batch(config: TrainConfig, policy: Any, task: Task) -> Any:
     padded = math.ceil(length / rules.sequence_multiple) * rules.sequence_multiple
     in_micro_batch = max(1, rules.micro_batch_tokens // padded)
     count = in_micro_batch * 2 * topology.num_chunks * topology.dp
-    samples = [
-        Sample(f"{number}/0", (0,) * length, config.data.max_prompt_tokens, 1.0, 1.0, (0.0,) * task.response_tokens, 0)
-        for number in range(count)
-    ]
+    zeros = (0.0,) * task.response_tokens
+    sample = Sample("", (0,) * length, config.data.max_prompt_tokens, 1.0, 1.0, zeros, 0)
+    if config.algorithm.has_critic:
+        sample = dataclasses.replace(sample, advantage=zeros, has_further_terms=True, values=zeros)
+    samples = [dataclasses.replace(sample, sample_id=f"{number}/0") for number in range(count)]
     place = topology.coordinates(task.rank)
     return pack(samples, rules, place.dp_rank, place.cp_rank, token_weight=lambda _length: 1.0, denominator=count)
 
 
 def planned_bytes(config: TrainConfig, shape: ModelShape, stage: int, batch: BatchSize) -> dict[str, int]:
     """What `plan` says of each phase, of tensors on the device."""
-    memory = PolicyMemory(shape, config.parallel, config.optimizer, policy_format(config.precision), batch)
-    statics = memory.weights(stage) + memory.gradients(stage) + memory.optimizer_state(stage)
-    return {"log-probs": statics + memory.logprobs(stage), f"update {STEPS}": statics + memory.update(stage)}
+    parts = shape, config.parallel, config.optimizer, policy_format(config.precision), batch
+    policy, critic = PolicyMemory(*parts), CriticMemory(*parts) if config.algorithm.has_critic else None
+    models = [policy] if critic is None else [policy, critic]
+    statics = sum(model.weights(stage) + model.gradients(stage) + model.optimizer_state(stage) for model in models)
+    found = {"log-probs": statics + max(model.logprobs(stage) for model in models), LAST_UPDATE: statics + policy.update(stage)}
+    return found if critic is None else found | {CRITIC_UPDATE: statics + critic.update(stage)}
 
 
 def _with_plan(phase: Phase, planned: dict[str, int]) -> Phase:

@@ -74,7 +74,7 @@ class Found:
 
 def policy_ranks(topology: Topology) -> dict[str, int]:
     """A rank of each distinct role of the policy: the first, a middle and the last pipeline stage."""
-    stages = {"first": 0, "middle": topology.pp // 2, "last": topology.pp - 1}
+    stages = {"first": 0, "last": topology.pp - 1, "middle": topology.pp // 2}
     names: dict[int, str] = {}
     for name, stage in stages.items():
         names.setdefault(stage, name)
@@ -83,7 +83,7 @@ def policy_ranks(topology: Topology) -> dict[str, int]:
     }
 
 
-def rehearse(module: str, task: Task, timeout_s: float = 600.0) -> Found:
+def rehearse(module: str, task: Task, timeout_s: float = 1200.0) -> Found:
     """Play one role in a process of its own.
 
     Args:
@@ -93,11 +93,16 @@ def rehearse(module: str, task: Task, timeout_s: float = 600.0) -> Found:
 
     Raises:
         UsageError: what the libraries or this package refuse, in one sentence.
-        R1ZError: the process failed otherwise.
+        R1ZError: the process failed otherwise, or takes longer than `timeout_s`.
     """
     command = [sys.executable, "-m", f"megatron_r1z.rehearse.{module}", json.dumps(dataclasses.asdict(task))]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    try:
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise R1ZError(
+            f"the rehearsal of rank {task.rank} was ended after {timeout_s:.0f} s; try it on a machine that is less busy."
+        ) from error
     lines = child.stdout.splitlines()
     found = next((line.removeprefix(MARK) for line in reversed(lines) if line.startswith(MARK)), None)
     if found is None:

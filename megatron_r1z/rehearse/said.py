@@ -17,6 +17,7 @@ EXPLAINED = {
     r"is experimental": "a class of megatron-core that is registered and not used",
     r"Accessing the data pointer of FakeTensor": "tensors of a rehearsal have no address",
     r"tp_group is None": "the default group is the one that is meant",
+    r"Tried to offload non-contiguous tensor": "the gate of the feed-forward layer, which `plan` leaves on the device too",
     r"is not in a CUDA|No CUDA runtime|TORCH_CUDA_ARCH": "there is no device",
 }
 """Words of it, by what makes it no matter."""

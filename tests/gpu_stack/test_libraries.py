@@ -57,3 +57,32 @@ def test_cublas_knows_the_variable_that_keeps_float32() -> None:
     libraries = sorted(folder.glob("*/lib/libcublasLt.so.*"))
     assert libraries
     assert all(b"NVIDIA_TF32_OVERRIDE" in library.read_bytes() for library in libraries)
+
+
+def test_micro_batches_go_to_the_device_from_pinned_memory_without_waiting() -> None:
+    """The copies of a step, whose results come back after its last pass alone."""
+    program = """
+from megatron_r1z.rehearse.native import load_libraries
+load_libraries()
+from megatron_r1z.rehearse.device import Device, pretend_device
+from megatron_r1z.rehearse.engine_module import import_transformer_engine
+pretend_device(Device("NVIDIA H100 80GB HBM3", 79 << 30, (9, 0)))
+import_transformer_engine()
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from megatron_r1z.policy import step
+said, move = [], torch.Tensor.to
+torch.Tensor.pin_memory = lambda self: said.append("pinned") or self
+torch.Tensor.to = lambda self, *where, **options: said.append(options) or move(self, *where, **options)
+torch.Tensor.cpu = lambda self: said.append("fetched") or self
+def schedule(model, work, bind, *, forward_only):
+    on_device = [step._moved(item.batch) for item in work]
+    said.append("passes")
+    return [bind(item)(tensor) for item, tensor in zip(work, on_device)]
+step.run_schedule = schedule
+with FakeTensorMode():
+    step.collect(step.Model([]), [torch.zeros(3), torch.zeros(4)], lambda output: output)
+assert said == ["pinned", {"non_blocking": True}] * 2 + ["passes"] + ["fetched"] * 2, said
+print("good")
+"""
+    assert run(program) == "good"

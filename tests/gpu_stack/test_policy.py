@@ -27,6 +27,7 @@ RUNS = {
     "8b delayed": ("qwen3-8b-h100-fp8", 0, "precision.fp8.recipe=delayed"),
     "8b mxfp8": ("qwen3-8b-b200-fp8", 0, "precision.fp8.recipe=mxfp8"),
     "7b recomputed": ("qwen2.5-7b-h100", 0, "parallel.recompute=full"),
+    "7b, four layers on the host": ("qwen2.5-7b-h100", 0, "parallel.recompute=none", "parallel.offload_layers=4"),
 }
 
 
@@ -80,6 +81,25 @@ def test_fp8_travels_as_fp8(rehearsed: Rehearsed) -> None:
     assert found.figures["tokens"] % (128 * 8) == 0
     assert found.kernels["swap_first_dims"] > 0
     assert not [text for text in found.warnings if "high precision" in text]
+
+
+def test_a_critic_is_stepped_beside_the_policy(rehearsed: Rehearsed) -> None:
+    """Under PPO: statics of both, and the fuller of their passes, as `plan` has them."""
+    found = rehearsed("policy_role", "qwen2.5-7b-h100", 0, "algorithm.name=ppo")
+    planned = {item.name: item for item in found.phases if item.planned is not None}
+    assert list(planned) == ["log-probs", "update 2", "critic's update 2"]
+    for item in planned.values():
+        assert item.planned == pytest.approx(item.most, rel=0.03)
+    assert unexplained(found.warnings) == []
+
+
+def test_layers_on_the_host_take_less_of_the_device(rehearsed: Rehearsed) -> None:
+    """Of a layer's activations, all but what Transformer Engine leaves where it is (docs/gpu.md)."""
+    most = [
+        phase(rehearsed("policy_role", "qwen2.5-7b-h100", 0, "parallel.recompute=none", *more), "update 2")[1]
+        for more in ((), ("parallel.offload_layers=4",))
+    ]
+    assert most[0] - most[1] > 2 << 30
 
 
 def test_an_attention_that_keeps_scores_is_refused() -> None:

@@ -324,6 +324,30 @@ def test_a_run_of_an_earlier_version_goes_on_and_says_so(folder: Path) -> None:
     check(train_config(folder, {"rollout.temperature": 0.6}))
 
 
+def with_removed_field(folder: Path, value: str) -> None:
+    """As a version wrote it that had `precision.fp8.param`."""
+    path = folder / "run" / "config.yaml"
+    text = path.read_text()
+    assert "fp8: {recipe" in text
+    path.write_text(text.replace("fp8: {recipe", f"fp8: {{param: {value}, recipe"))
+
+
+def test_a_run_goes_on_whose_record_has_a_field_that_is_gone(folder: Path) -> None:
+    begin(train_config(folder))
+    with_removed_field(folder, "false")
+    check(train_config(folder))
+    assert record_work(folder / "run", train_config(folder), rows_of(train_config(folder))) == []
+    assert "param" not in (folder / "run" / "config.yaml").read_text()
+
+
+def test_a_run_that_used_what_is_gone_is_refused_by_name(folder: Path) -> None:
+    begin(train_config(folder))
+    with_removed_field(folder, "true")
+    found = refusal(train_config(folder))
+    assert "'precision.fp8.param' is gone, every run has False" in found
+    assert "versions.json" in found
+
+
 def test_the_record_survives_json(folder: Path) -> None:
     config = train_config(folder, {"grading.function": f"{folder / 'reward.py'}:reward"})
     inputs = read_inputs(config, rows_of(config))
