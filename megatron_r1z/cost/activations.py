@@ -111,18 +111,25 @@ class HeadBytes(NamedTuple):
 def head_bytes(shape: ModelShape, columns: int, batch: BatchSize, *, hidden: float, itemsize: int, spec: Spec) -> HeadBytes:
     """Of the response tokens of a micro-batch against `columns` of the vocabulary (`policy/logprob.py`).
 
-    `hidden` is the width of the final norm on this rank. At a time there are two tiles in the softmax's type and, where the weights have
-    another, two in theirs; backwards also the gradients of weights and hidden states, those of a tile in float32.
+    `hidden` is the width of the final norm on this rank. The fullest moment is one of two: a tile of logits is made while the one before is
+    there, or a product of the backward pass is added to a sum. Where the weights are narrower than the softmax, such a product is a matrix
+    by itself, and a CPU has both operands of every product in float32.
     """
     tile_rows, tile_columns = tile_shape(batch.responses, TILE_BYTES[spec] // FP32_BYTES)
     tile_columns = min(tile_columns, columns)
     tile, is_narrow = tile_rows * tile_columns, itemsize < FP32_BYTES
-    alive = tile + min(tile, batch.responses * columns - tile)  # the one before is there until the next one is
-    tiles = alive * (FP32_BYTES + is_narrow * itemsize)
+    before = min(tile, batch.responses * columns - tile)
+    rows_and_columns = (tile_rows + tile_columns) * shape.hidden_size * FP32_BYTES
+    copies = rows_and_columns if is_narrow and spec == "local" else 0
+    forward = (tile + before) * FP32_BYTES + copies
+    adding = tile * (FP32_BYTES + itemsize) + max(tile_rows, tile_columns) * shape.hidden_size * FP32_BYTES
+    if spec == "local":
+        adding = tile * (2 * FP32_BYTES + itemsize) + rows_and_columns
     gradients = columns * shape.hidden_size * itemsize + batch.responses * shape.hidden_size * FP32_BYTES
     gradients += is_narrow * tile_columns * shape.hidden_size * FP32_BYTES
+    passing = max(forward + before * itemsize, adding) if is_narrow else forward
     norm = final_norm_bytes(batch, hidden, itemsize, spec)
-    return HeadBytes(norm + batch.responses * shape.hidden_size * itemsize, tiles, tiles + gradients)
+    return HeadBytes(norm + batch.responses * shape.hidden_size * itemsize, forward, passing + gradients)
 
 
 def final_norm_bytes(batch: BatchSize, hidden: float, itemsize: int, spec: Spec) -> int:

@@ -4,6 +4,10 @@ No [tokens, vocabulary] matrix exists, in neither pass: the head works on tiles 
 that does not depend on the number of tokens, and the backward pass computes each tile again. Softmax in float32 whatever the weights'
 type, float64 for float64 (recipe: OAT takes float32 log-softmax of logits over temperature).
 
+A matrix product has operands in the weights' type and is summed and given in the softmax's: logits of bf16 weights are never rounded to
+bf16. What is: the derivative by the logits, which is an operand of the two products of the backward pass, and the gradients as a whole,
+once, when they leave. No operand is copied in float32 on a GPU, on a CPU one tile of it is.
+
 A tile is in units of log2: logits times log2(e) / temperature, so that every exponential is an exp2. A GPU has it in hardware, and on
 the CPU that was measured it takes 0.1 to 0.5 ns an element, where exp takes 0.6, and 7 to 18 below -87. The forward pass merges tiles as
 flash attention does (arXiv 2205.14135, section 3.1), with one more sum for the entropy.
@@ -84,7 +88,7 @@ class _Head:
 
     def logits(self, hidden_rH: Tensor, weight_CH: Tensor, rows: slice) -> Tensor:
         """[r, C] over the temperature, in units of log2."""
-        products_rC = torch.mm(hidden_rH, weight_CH.t()).to(self.precision)
+        products_rC = _product(hidden_rH, weight_CH.t(), self.precision)
         return products_rC.mul_((self.inverse_R[rows] * LOG2_E)[:, None])
 
     def places(self, targets_r: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -219,9 +223,22 @@ def _sums_of_rows(hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, rows:
     return sums
 
 
+def _product(left_MK: Tensor, right_KN: Tensor, precision: torch.dtype) -> Tensor:
+    """Matrix product of operands of one type, summed and given in `precision`: a CPU has no such product, so it copies the operands."""
+    if left_MK.dtype == precision:
+        return torch.mm(left_MK, right_KN)
+    if left_MK.is_cuda:
+        return torch.mm(left_MK, right_KN, out_dtype=precision)
+    return torch.mm(left_MK.to(precision), right_KN.to(precision))
+
+
 def _add_product(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
-    """Add a matrix product without a matrix more where the types allow it."""
+    """Add a matrix product; without a matrix more where the types are one.
+
+    `torch.addmm` with float32 output would do without it too, but for a sum of one row it goes another way, through cuBLASLt, of which
+    torch's source says that it has given wrong results (`Blas.cpp`, `use_bias_ptr_lt`).
+    """
     if sum_MN.dtype == left_MK.dtype:
         sum_MN.addmm_(left_MK, right_KN)
     else:
-        sum_MN.add_(torch.mm(left_MK, right_KN))
+        sum_MN.add_(_product(left_MK, right_KN, sum_MN.dtype))

@@ -182,6 +182,7 @@ def _figures(engine: Any, model: Any) -> dict[str, Any]:
         "quantisation": type(engine.quant_config).__name__,
         "gpu_memory_utilization": engine.cache_config.gpu_memory_utilization,
         "kv_cache_bytes": engine.cache_config.kv_cache_memory_bytes,
+        "head": str(engine.model_config.head_dtype).removeprefix("torch."),
         "executor": str(engine.parallel_config.distributed_executor_backend),
         "cuda_graphs": str(engine.compilation_config.cudagraph_mode),
         "max_num_batched_tokens": engine.scheduler_config.max_num_batched_tokens,

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 EXPLAINED = {
-    r"is deprecated|deprecated internal API|will be removed|IS DEPRECATED|_reduce_scatter_base|Please use `torch\.distributed": (
+    r"GPTModel IS DEPRECATED": "it works and gets critical fixes; docs/gpu.md has what a move to HybridModel would take",
+    r"is deprecated|deprecated internal API|will be removed|_reduce_scatter_base|Please use `torch\.distributed": (
         "calls among the libraries, of names that a later release drops; docs/gpu.md has those that concern us"
     ),
     r"Apex is not installed": "nothing of ours needs apex beside Transformer Engine",

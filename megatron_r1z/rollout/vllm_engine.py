@@ -30,6 +30,10 @@ STEPS_BETWEEN_LOOKS = 8
 """Steps of the engine, one token of every running response each, after which it looks whether the rank was asked to stop. Counted, not
 timed, so that the ranks of a tensor-parallel engine look at the same step."""
 
+HEAD = {"head_dtype": "float32"}
+"""vLLM's key for the number format of logits, among those of the model's configuration: on a GPU products of bf16 operands with float32
+results, as the policy's (`policy/logprob.py`), on a CPU of operands that are copied in float32 at every step."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -178,18 +182,18 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "disable_log_stats": True,
         "weight_transfer_config": {"backend": register_receiver()},
         "seed": settings.seed,
-        **fp8_options(settings.model_folder, settings.not_in_fp8),
+        "hf_overrides": HEAD | quantisation(settings.model_folder, settings.not_in_fp8),
         **prepare_engine(settings.max_model_tokens),
     }
 
 
-def fp8_options(model_folder: str, not_in_fp8: Sequence[str] | None) -> dict[str, Any]:
+def quantisation(model_folder: str, not_in_fp8: Sequence[str] | None) -> dict[str, Any]:
     """What makes vLLM build linear layers for block FP8 weights, or for plain ones, whatever the model's own configuration says."""
     if not_in_fp8 is not None:
-        return {"hf_overrides": {"quantization_config": quantization_config(not_in_fp8)}}
+        return {"quantization_config": quantization_config(not_in_fp8)}
     config = Path(model_folder) / "config.json"
     is_quantised = config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
-    return {"hf_overrides": {"quantization_config": None}} if is_quantised else {}
+    return {"quantization_config": None} if is_quantised else {}
 
 
 def _parameters(seed: int, sampling: Sampling) -> Any:

@@ -41,6 +41,7 @@ def test_the_engine_is_of_the_configuration(case: tuple[Found, TrainConfig]) -> 
     assert ("Fp8Config" in found.figures["quantisation"]) == is_fp8
     assert ("float8_e4m3fn" in found.figures["formats"]) == is_fp8
     assert found.figures["executor"] == "external_launcher"
+    assert found.figures["head"] == "float32"
 
 
 def test_a_second_copy_is_kept_where_kernels_have_a_layout_of_their_own(case: tuple[Found, TrainConfig]) -> None:

@@ -86,3 +86,37 @@ assert said == ["pinned", {"non_blocking": True}] * 2 + ["passes"] + ["fetched"]
 print("good")
 """
     assert run(program) == "good"
+
+
+def test_the_head_multiplies_bf16_into_float32() -> None:
+    """On a GPU every product of the policy's head, of both passes and with an entropy bonus, is cuBLAS's with float32 output."""
+    program = """
+from megatron_r1z.rehearse.native import load_libraries
+load_libraries()
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from megatron_r1z.rehearse.device import Device, pretend_device
+pretend_device(Device("NVIDIA H100 80GB HBM3", 79 << 30, (9, 0)))
+from megatron_r1z.policy.logprob import vocab_parallel_logprobs
+
+class Products(TorchDispatchMode):
+    seen = []
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if "mm" in function.name():
+            tensors = [item for item in (*args, found) if isinstance(item, torch.Tensor)]
+            self.seen.append((function.name(), *(str(item.dtype).removeprefix("torch.") for item in tensors)))
+        return found
+
+with FakeTensorMode(allow_non_fake_inputs=True), Products() as products:
+    place = {"device": torch.device("cuda", 0)}
+    hidden = torch.empty(3000, 64, dtype=torch.bfloat16, requires_grad=True, **place)
+    weight = torch.empty(20000, 64, dtype=torch.bfloat16, requires_grad=True, **place)
+    targets = torch.zeros(3000, dtype=torch.int64, **place)
+    found = vocab_parallel_logprobs(hidden, weight, targets, temperature=0.7, vocab_size=19990, vocab_start=0, group=None)
+    sum(part.sum() for part in found).backward()
+    assert hidden.grad.dtype is weight.grad.dtype is torch.bfloat16
+print(len(products.seen), *set(products.seen))
+"""
+    assert run(program) == "16 ('aten::mm.dtype', 'bfloat16', 'bfloat16', 'float32')"

@@ -99,6 +99,13 @@ def floor_of(module: str) -> int | None:
     return next((ROOMS[name].floor for name in (f"{first}/", f"{first}.py") if name in ROOMS), None)
 
 
+def test_one_file_knows_which_model_of_megatron_it_is() -> None:
+    """megatron-core 0.19 calls `GPTModel` deprecated (docs/gpu.md, "From GPTModel to HybridModel")."""
+    assert {name for name, path in FILES.items() if any(module.startswith("megatron.core.models") for module in imports(path))} == {
+        "policy/model.py"
+    }
+
+
 def test_every_file_has_a_room_and_every_room_a_file() -> None:
     assert {room_of(name) for name in FILES} - {"__init__.py"} == set(ROOMS)
 
