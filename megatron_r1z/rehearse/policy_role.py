@@ -46,9 +46,11 @@ def _pretend(task: Task) -> None:
 
     pretend_device(Device(task.gpu, task.memory_bytes, task.capability, task.gpus_per_node))
     pretend_groups()
+    from megatron_r1z.rehearse import kernels
     from megatron_r1z.rehearse.engine_module import import_transformer_engine
 
     import_transformer_engine()
+    kernels.pretend_compiled()
 
 
 def _play(task: Task, said: list[str]) -> Found:
@@ -97,6 +99,7 @@ def _play(task: Task, said: list[str]) -> Found:
             "responses": batch.micro_batches[0].targets_R.numel(),
             "micro_batches": len(batch.micro_batches),
             "optimizer_entries": entries,
+            "speed": _speed(policy),
             "operations": live.num_operations,
         }
     stage = topology.coordinates(task.rank).pp_rank
@@ -125,6 +128,18 @@ class _Phases:
         self.ended.append(Phase(name, self._live.now, self._live.most, time.monotonic() - self._start))
         self._live.restart()
         self._start = time.monotonic()
+
+
+def _speed(policy: Any) -> dict[str, Any]:
+    """Which settings for speed the first chunk has."""
+    chunk = policy.model.chunks[0]
+    return {
+        "overlap_grad_reduce": chunk.ddp_config.overlap_grad_reduce,
+        "overlap_param_gather": chunk.ddp_config.overlap_param_gather,
+        "no_sync": chunk.config.no_sync_func is not None,
+        "fused_layers": sum(bool(getattr(module, "fuse_wgrad_accumulation", False)) for module in chunk.modules()),
+        "parts": len(chunk.bucket_groups),
+    }
 
 
 def _compare_layout(config: TrainConfig, shape: ModelShape, rank: int, live: Any) -> tuple[tuple[str, ...], int]:
@@ -159,7 +174,7 @@ def _planned(config: TrainConfig, shape: ModelShape, stage: int, batch: BatchSiz
     """What `plan` says of each phase, of tensors on the device."""
     memory = PolicyMemory(shape, config.parallel, config.optimizer, policy_format(config.precision), batch)
     statics = memory.weights(stage) + memory.gradients(stage) + memory.optimizer_state(stage)
-    return {"log-probs": statics + memory.logprobs(stage), f"update {STEPS}": statics + memory.update(stage)}
+    return {"log-probs": statics + memory.logprobs(stage), f"update {STEPS}": statics + memory.placeholders + memory.update(stage)}
 
 
 def _with_plan(phase: Phase, planned: dict[str, int]) -> Phase:
