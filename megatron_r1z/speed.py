@@ -18,6 +18,13 @@ SMALL_GIB = 70.0
 BATCHED_TOKENS, SMALL_BATCHED_TOKENS = 16384, 8192
 """What vLLM computes in one step at most, on a GPU of `SMALL_GIB` or more and on a smaller one (`EngineArgs`, usage `LLM_CLASS`)."""
 
+CONDITIONS = {
+    "overlap_p2p_comm": "with parallel.virtual_pipeline_size above 1",
+    "overlap_grad_reduce": "with several data-parallel ranks",
+    "overlap_param_gather": "with optimizer.distributed and several data-parallel ranks",
+}
+"""What a configuration must have besides, for `auto` to turn it on."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -78,15 +85,12 @@ def model_speed(parallel: ParallelConfig, machine: Machine) -> ModelSpeed:
         ConfigError: a setting is true and cannot be.
     """
     no_gpu = None if machine.has_gpu else "there is no GPU"
-    chunks = parallel.virtual_pipeline_size
     return ModelSpeed(
         # `schedules.forward_backward_pipelining_without_interleaving` refuses it
         overlap_p2p_comm=_choose(
             "overlap_p2p_comm",
             parallel.speed.overlap_p2p_comm,
-            impossible=f"parallel.virtual_pipeline_size is {chunks}, and it is the interleaved schedule that overlaps"
-            if chunks == 1
-            else None,
+            impossible="parallel.virtual_pipeline_size is 1" if parallel.virtual_pipeline_size == 1 else None,
             useless=no_gpu,
         ),
         # `fusions.fused_bias_swiglu` compiles with torch.compile
@@ -106,9 +110,9 @@ def gradient_speed(parallel: ParallelConfig, optimizer: OptimizerConfig, machine
     reduce = _choose("overlap_grad_reduce", parallel.speed.overlap_grad_reduce, useless=no_gpu or alone)
     obstacle = None
     if not optimizer.distributed:
-        obstacle = "optimizer.distributed is false, so every rank steps all of its weights"
+        obstacle = "optimizer.distributed is false"
     elif not reduce:  # buckets are made for it (`DistributedDataParallel.__init__`)
-        obstacle = "parallel.speed.overlap_grad_reduce is off, which cuts weights into the parts that are fetched"
+        obstacle = "parallel.speed.overlap_grad_reduce is off"
     return GradientSpeed(
         overlap_grad_reduce=reduce,
         overlap_param_gather=_choose(

@@ -37,11 +37,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    """What makes a step of the policy faster and changes no number beyond rounding.
-
-    `auto`: on where it can be and is of use, which `doctor` and `plan` tell; `false`: off, to look for a mistake; `true` is refused where
-    it cannot be.
-    """
+    """What makes a step of the policy faster and changes no number beyond rounding ([gpu.md](gpu.md#settings-for-speed))."""
 
     overlap_grad_reduce: Toggle = "auto"
     """Sum gradients over data-parallel ranks while the last micro-batch's backward pass is still running."""
@@ -93,7 +89,8 @@ class ParallelConfig:
     """So many layers from the first one on keep their activations in the host's memory until the backward pass needs them. Needs a GPU
     and Transformer Engine, all layers on one pipeline rank, and nothing recomputed."""
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    """See [parallel.speed](#parallelspeed)."""
+    """See [parallel.speed](#parallelspeed). `auto`: on where it can be and is of use, which `doctor` and `plan` tell; `false`: off, to look
+    for a mistake; `true` is refused where it cannot be."""
 
     def __post_init__(self) -> None:
         check_positive(self, "num_ranks", "threads_per_rank", "grace_s", "tensor_parallel_size", "pipeline_parallel_size")

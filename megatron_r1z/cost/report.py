@@ -164,7 +164,8 @@ def _engine_lines(cost: RunCost) -> list[str]:
         f"KV cache  {size}{engine.cache_tokens:,} tokens in an engine: {longest} sequences of {config.max_model_tokens} tokens, {mean} of "
         f"{cost.lengths.total:.0f} (at most {engine.rollout.max_concurrent_sequences}: rollout.max_concurrent_sequences)",
         f"refit     {edges}; {refit.num_rounds} rounds",
-        f"speed     on: {', '.join(name for name, choice in found.items() if choice)}" + (f"; off: {', '.join(off)}" if off else ""),
+        f"speed     on: {', '.join(name for name, choice in found.items() if choice) or 'nothing'}",
+        *([f"          off: {', '.join(off)}"] if off else []),
     ]
 
 
