@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1z.host.supervisor import rank_entry, run_ranks
+from megatron_r1z.host.rank import rank_entry
+from megatron_r1z.host.supervisor import run_ranks
 from megatron_r1z.layout.blocks import Layout, megatron_layout
 from megatron_r1z.layout.families import load_shape
 from megatron_r1z.layout.topology import Topology

@@ -27,14 +27,16 @@ from megatron_r1z.cost.formats import engine_format
 from megatron_r1z.data.changes import go_on, record_work
 from megatron_r1z.data.corpus import DocumentStream, load_texts
 from megatron_r1z.data.fingerprint import RowsMark
-from megatron_r1z.data.prompts import PromptSet, PromptStream, load_prompts, load_tokenizer, make_stops, make_template
+from megatron_r1z.data.prompts import PromptSet, PromptStream, load_prompts
+from megatron_r1z.data.templates import make_stops, make_template
+from megatron_r1z.data.tokenizer import load_tokenizer
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.evaluation.evaluate import EVALUATED, Evaluation, evaluation_sampling
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import describe
 from megatron_r1z.grading.grader import MathGrader
 from megatron_r1z.host.float32 import keep_float32
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, Spec, engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import fp8_matrices, fp8_parameters, left_out, modules_to_not_convert

@@ -25,7 +25,7 @@ from megatron_r1z.config import TrainConfig
 from megatron_r1z.data.prompts import PromptSet, PromptStream
 from megatron_r1z.evaluation.evaluate import evaluate_prompts, evaluation_metrics, evaluation_sampling
 from megatron_r1z.evaluation.scores import score
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.objective import AGGREGATIONS, Aggregation, kl_estimate
 from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.critic import MegatronCritic

@@ -16,18 +16,12 @@ from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, Parall
 from megatron_r1z.config.model_checks import check_dense, check_layers, check_lengths
 from megatron_r1z.data.changes import check_goes_on, check_same, on_first_rank
 from megatron_r1z.data.corpus import check_corpus
-from megatron_r1z.data.prompts import (
-    QuestionSet,
-    added_tokens,
-    load_prompts,
-    load_question_sets,
-    load_tokenizer,
-    make_stops,
-    make_template,
-    mark_questions,
-    name_sources,
-)
+from megatron_r1z.data.naming import name_sources
+from megatron_r1z.data.prompts import load_prompts
+from megatron_r1z.data.questions import QuestionSet, load_question_sets, mark_questions
 from megatron_r1z.data.report import leak_warnings
+from megatron_r1z.data.templates import make_stops, make_template
+from megatron_r1z.data.tokenizer import added_tokens, load_tokenizer
 from megatron_r1z.errors import ConfigError, MissingExtraError
 from megatron_r1z.fp8.machine import read_facts
 from megatron_r1z.fp8.recipes import check_policy

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_r1z import ranks
 from megatron_r1z.config import PretrainConfig
 from megatron_r1z.data.corpus import Document, DocumentStream, TextSet
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.objective import Loss, PolicyTokens, TokenLosses, likelihood_losses
 from megatron_r1z.packing import GlobalBatch, MicroBatch, pack
 from megatron_r1z.policy.policy import MegatronPolicy, TrainBatch

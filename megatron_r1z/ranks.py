@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1z.errors import Interrupted, R1ZError
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 
 Item = TypeVar("Item")
 

@@ -12,10 +12,11 @@ from megatron_r1z.analysis.figures import CellFigures, make_figures
 from megatron_r1z.analysis.plots import draw
 from megatron_r1z.analysis.report import make_tree, render, summarise
 from megatron_r1z.config import AnalyseConfig, Template
-from megatron_r1z.data.prompts import Question, load_questions, name_sources
+from megatron_r1z.data.naming import name_sources
+from megatron_r1z.data.questions import Question, load_questions
 from megatron_r1z.evaluation.evaluate import Evaluation, evaluate_set
 from megatron_r1z.evaluation.scores import QuestionResult, powers_up_to
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.protocols import Sampler, Sampling
 from megatron_r1z.record.metrics import Console
 from megatron_r1z.record.result_files import replace_text, to_json

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from megatron_r1z.config import QuestionSource
-from megatron_r1z.data.prompts import Question
+from megatron_r1z.data.questions import Question
 from megatron_r1z.data.rows import scan_rows
 from megatron_r1z.evaluation.scores import Attempt, QuestionResult
 from megatron_r1z.types import FinishReason, VerdictKind

@@ -20,7 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 from megatron_r1z.analysis.examine import Inquiry, Task
 from megatron_r1z.config import JudgeConfig
 from megatron_r1z.errors import ConfigError, JudgeError
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.record.metrics import Console
 from megatron_r1z.record.result_files import append_rows
 

@@ -12,9 +12,10 @@ from typing import Protocol, overload
 
 from megatron_r1z.config import CorpusConfig, TextSource
 from megatron_r1z.data.fingerprint import RowsMark, digest_indexed, digest_row, digest_texts, new_digest
+from megatron_r1z.data.naming import name_sources
 from megatron_r1z.data.order import SeededStream
-from megatron_r1z.data.prompts import Tokenizer, explain_filter, name_sources, tokenise
-from megatron_r1z.data.rows import Row, chosen_rows
+from megatron_r1z.data.rows import Row, chosen_rows, explain_filter
+from megatron_r1z.data.tokenizer import Tokenizer, tokenise
 from megatron_r1z.errors import DataError
 
 ROWS_AT_ONCE = 1000

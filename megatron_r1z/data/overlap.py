@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_r1z.data.prompts import Question
+from megatron_r1z.data.questions import Question
 
 NUM_WORDS = 4
 MIN_SHARE = 0.4

@@ -13,18 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_r1z.config import DataConfig, QuestionSource, TrainConfig, to_tree
+from megatron_r1z.data.naming import name_sources
 from megatron_r1z.data.overlap import Overlap, find_overlaps, normalise
-from megatron_r1z.data.prompts import (
-    Question,
-    QuestionSet,
-    Tokenizer,
-    find_remarks,
-    load_tokenizer,
-    make_prompts,
-    make_template,
-    name_sources,
-    read_questions,
-)
+from megatron_r1z.data.prompts import find_remarks, make_prompts
+from megatron_r1z.data.questions import Question, QuestionSet, read_questions
+from megatron_r1z.data.templates import make_template
+from megatron_r1z.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_r1z.record.tables import align
 
 MAX_FAULTS = 3

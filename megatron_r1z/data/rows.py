@@ -402,3 +402,14 @@ def _explain(error: Exception, dataset: str) -> str:
     else:
         advice = "check name, subset and split"
     return f"{', '.join(lines[:2]) or type(cause).__name__}; {advice}"  # what follows is how to call the library
+
+
+def explain_filter(source: RowSource, at_most: int = 10) -> str:
+    """For a source of which `where` leaves nothing: the column that never matches and values that it has."""
+    rows = list(scan_rows(source))
+    for column, allowed in source.where.items():
+        if not any(is_one_of(row.get(column), allowed) for row in rows):
+            found = sorted({reprlib.repr(row.get(column)) for row in rows})
+            more = ", ..." if len(found) > at_most else ""
+            return f": where allows {', '.join(map(repr, allowed))} and '{column}' is {', '.join(found[:at_most])}{more}"
+    return f": no row has all that where asks for ({', '.join(source.where)})"

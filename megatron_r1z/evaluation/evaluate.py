@@ -17,7 +17,7 @@ from megatron_r1z.config import EvaluateConfig, EvaluationConfig, RolloutConfig
 from megatron_r1z.data.prompts import PromptSet
 from megatron_r1z.errors import DataError
 from megatron_r1z.evaluation.scores import Attempt, QuestionResult, SetScore, make_results, render, score
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.protocols import Grader, Sampler, Sampling, Stop
 from megatron_r1z.record.metrics import Console, Metrics
 from megatron_r1z.record.result_files import append_rows, replace_text, to_json

@@ -11,7 +11,7 @@ from megatron_r1z.errors import R1ZError
 from megatron_r1z.grading.equality import Equality
 from megatron_r1z.grading.modes import MODES
 from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.types import VerdictKind
 
 CACHE_SIZE = 100_000

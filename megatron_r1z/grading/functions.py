@@ -22,7 +22,7 @@ from typing import Any
 from megatron_r1z.config import GradingConfig
 from megatron_r1z.errors import DataError
 from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 
 RewardFunction = Callable[[str, tuple[str, ...], str], Any]
 """`(response, answers, finish_reason)` to any finite number; `finish_reason` is `stop` or `length` (`abort`: the engine gave up)."""

@@ -12,7 +12,7 @@ from megatron_r1z.grading.answers import Extraction
 from megatron_r1z.grading.comparer import Comparer, Pair
 from megatron_r1z.grading.functions import FunctionPool, Task
 from megatron_r1z.grading.pool import Outcome, OutcomeKind
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Verdict, VerdictKind
 
 EXTRACTORS: dict[str, Callable[[str], Extraction]] = {

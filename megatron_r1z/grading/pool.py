@@ -21,8 +21,8 @@ from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from megatron_r1z.errors import Interrupted, R1ZError, UsageError
+from megatron_r1z.host.rank import StopFlag, die_with_parent
 from megatron_r1z.host.streams import outlive_readers
-from megatron_r1z.host.supervisor import StopFlag, die_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

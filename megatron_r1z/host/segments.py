@@ -14,10 +14,12 @@ import json
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX, _SUFFIX = "r1z_", ".segments"
+_ABANDONED_S = 120.0
 _MAPPED = re.compile(rf"{SHARED_MEMORY}/(\S+)$", re.MULTILINE)
 _held: list[int] = []  # descriptors of this process's records, whose locks go with it
 
@@ -75,3 +77,40 @@ def _own(path: Path) -> os.stat_result | None:
     except OSError:
         return None
     return status if status.st_uid == os.getuid() else None
+
+
+def remove_segments_of(port: int) -> list[str]:
+    """Remove the shared-memory segments that the engines of the run on `port` left behind; return their names.
+
+    vLLM's CPU engine with more than one rank names a segment `<identifier>-<group>-[<ranks>]-cpushm_<rank>`
+    (`_CPUSHMDistributed.make_group_name` in vllm/distributed/device_communicators/cpu_communicator.py). Our identifier ends in the port.
+    """
+    segment = re.compile(rf"(?:.*\D)?{port}-.*-cpushm(?:_\d+)?")
+    return _unlink([name for name in _segments() if segment.fullmatch(name)])
+
+
+def remove_abandoned_segments() -> list[str]:
+    """Remove such segments of runs whose supervisor was killed: minutes old, and no process has them mapped; return their names."""
+    old = [name for name, made in _segments().items() if time.time() - made > _ABANDONED_S]
+    mapped = _mappings() if old else ""
+    return _unlink([name for name in old if name not in mapped])
+
+
+def _segments() -> dict[str, float]:
+    """The segments of this user's engines and when they were made; another run may remove its own meanwhile."""
+    return {path.name: status.st_mtime for path in SHARED_MEMORY.glob("*-cpushm*") if (status := _own(path)) is not None}
+
+
+def _mappings() -> str:
+    """What the processes that we may look into have mapped."""
+    texts = []
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return "".join(texts)
+
+
+def _unlink(names: list[str]) -> list[str]:
+    for name in names:
+        (SHARED_MEMORY / name).unlink(missing_ok=True)
+    return names

@@ -4,7 +4,7 @@ Ranks find the environment that torchrun gives them. torchrun's own launcher is 
 it gives a stop and a death the same fate as soon as one rank has ended (30 seconds, then SIGKILL, in the middle of a checkpoint),
 does not say how the ranks ended after a stop, and needs torch in the supervisor.
 
-The parent's side is `run_ranks`. The rank's side is `rank_entry` around its main function and `StopFlag`, which the loop polls:
+The rank's side is in `rank.py`: `rank_entry` around its main function and `StopFlag`, which the loop polls:
 
     a rank dies         the others get SIGTERM and, ten seconds later, SIGKILL; one sentence names the rank and how it ended
     Ctrl-C or SIGTERM   the ranks get SIGINT, which sets their `StopFlag`; they have `Patience` to save and to end with status 130
@@ -15,7 +15,6 @@ The parent's side is `run_ranks`. The rank's side is `rank_entry` around its mai
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -26,35 +25,23 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_r1z.errors import R1ZError, TrainingError
-from megatron_r1z.host.segments import SHARED_MEMORY, forget_segments, remove_orphaned_segments
-
-STOPPED = 130
-"""Exit status after a stop that was asked for: 128 + SIGINT, as a shell reports it."""
+from megatron_r1z.host.rank import ERROR_FILE_VARIABLE, STOPPED, SUPERVISOR_VARIABLE, prctl
+from megatron_r1z.host.segments import remove_abandoned_segments, remove_orphaned_segments, remove_segments_of
 
 _TRACKER_WARNING = "ignore:resource_tracker:UserWarning"  # of Python, about what a killed rank had open; the sentence says who died
-_SUPERVISOR_VARIABLE = "R1Z_SUPERVISOR"  # process id of the supervisor, in the environment of its ranks
-_FINAL_FILE_VARIABLE = "R1Z_FINAL_FILE"  # where a batch script looks for the sentence of a run that is not to be started again
-_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-_TORCHRUN = re.compile(r"(.*/)?torchrun|torch\.distributed\.(run|launch)|.*torch/distributed/(run|launch)\.py")
 _OF_TORCHRUN = re.compile(r"TORCH_?ELASTIC_.*|(GROUP|ROLE)_.*(RANK|SIZE|NAME)")  # what it leaves in the environment of what it starts
-_ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # torchrun sets the same one
 _POLL_S = 0.05
 _REPEAT_STOP_S = 2.0  # SIGINT is repeated: a rank that is still importing ignores it
 _DYING_S = 2.0  # a killed process loses its connections, which its peers notice, before it is seen to have ended
 _SECOND_SIGNAL_S = 1.0  # a signal this soon after the first is the same key press, come by another way
 _KILL_S = 10.0  # a killed process that is still there then waits in the kernel, which nobody can end
-_ABANDONED_S = 120.0
 _GO_ON = "Start the run again to go on from its last checkpoint."
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -85,7 +72,7 @@ def run_ranks(
     Call it from the main thread: it handles signals, and the death of that thread is what ranks die with.
     """
     _become_subreaper()
-    remove_abandoned_shared_memory()
+    remove_abandoned_segments()
     remove_orphaned_segments()
     strangers = _descendants()
     stop = _StopRequests()
@@ -98,216 +85,9 @@ def run_ranks(
             run.wait()
         finally:
             _kill_descendants(strangers)
-            remove_shared_memory(port)
+            remove_segments_of(port)
             remove_orphaned_segments()
         return run.report(traceback_kept=error_folder is not None)
-
-
-def remove_shared_memory(port: int) -> list[str]:
-    """Remove the shared-memory segments that the engines of the run on `port` left behind; return their names.
-
-    vLLM's CPU engine with more than one rank names a segment `<identifier>-<group>-[<ranks>]-cpushm_<rank>`
-    (`_CPUSHMDistributed.make_group_name` in vllm/distributed/device_communicators/cpu_communicator.py). Our identifier ends in the port.
-    """
-    segment = re.compile(rf"(?:.*\D)?{port}-.*-cpushm(?:_\d+)?")
-    return _unlink([name for name in _segments() if segment.fullmatch(name)])
-
-
-def remove_abandoned_shared_memory() -> list[str]:
-    """Remove such segments of runs whose supervisor was killed: minutes old, and no process has them mapped; return their names."""
-    old = [name for name, made in _segments().items() if time.time() - made > _ABANDONED_S]
-    mapped = _mappings() if old else ""
-    return _unlink([name for name in old if name not in mapped])
-
-
-def _segments() -> dict[str, float]:
-    """The segments of this user's engines and when they were made."""
-    found = {}
-    for path in SHARED_MEMORY.glob("*-cpushm*"):
-        with contextlib.suppress(FileNotFoundError):  # another run removes its own
-            status = path.stat()
-            if status.st_uid == os.getuid():
-                found[path.name] = status.st_mtime
-    return found
-
-
-def _mappings() -> str:
-    """What the processes that we may look into have mapped."""
-    texts = []
-    for path in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            texts.append(path.read_text(encoding="utf-8", errors="replace"))
-    return "".join(texts)
-
-
-def _unlink(names: list[str]) -> list[str]:
-    for name in names:
-        (SHARED_MEMORY / name).unlink(missing_ok=True)
-    return names
-
-
-# ---------------------------------------------------------------------------------------------------------------- the rank's side
-
-
-class StopFlag:
-    """Set by SIGINT or SIGTERM; loop, engine and grader poll it, and the rank saves a checkpoint and ends with status `STOPPED`.
-
-    Ranks see the signal at different times, so a decision to stop must be reduced over all of them.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def install(self) -> StopFlag:
-        """Handle the signals from now on (main thread only); repeated signals change nothing."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._set)
-            signal.siginterrupt(number, False)  # a library's system call goes on as if nothing had happened
-        return self
-
-    def _set(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
-
-
-def rank_entry(main: Callable[[], int], *, debug: bool = False) -> int:
-    """Run the main function of one rank and return its status; where it fails, record why and end the process.
-
-    An `R1ZError` gives its own status, anything else 1. Under `run_ranks` the supervisor prints the sentence, for the rank that failed
-    first; elsewhere the rank prints it. The process ends without the interpreter's shutdown: that takes seconds with libraries of this
-    size, and a communication library that waits there for a peer would keep a failed rank alive. `main` has closed what must be closed.
-    """
-    is_launched = is_rank()
-    if is_launched:
-        die_with_parent(int(os.environ.get(_SUPERVISOR_VARIABLE, os.getppid())))
-        _clean_up_before()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored so far, see `_StopRequests.ignored_by_children`
-        if isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # whole lines of several ranks, and none lost when a rank is killed
-    try:
-        _refuse_restart()
-        status = main()
-    except KeyboardInterrupt:
-        status = STOPPED
-    except Exception as error:  # noqa: BLE001 - the last place that can say what went wrong
-        status = error.status if isinstance(error, R1ZError) else 1
-        _record_error(error, status)
-        if debug:
-            traceback.print_exc()
-        if not is_supervised():
-            print(_with_rank(os.environ["RANK"] if is_launched else None, _sentence(error)), file=sys.stderr)
-    finally:
-        if is_launched:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a repeated one would kill the interpreter while it shuts down
-    if is_launched:
-        if not is_supervised():
-            remove_shared_memory(int(os.environ["MASTER_PORT"]))  # whoever else has it mapped keeps it
-        forget_segments()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
-
-
-def _clean_up_before() -> None:
-    """What `run_ranks` does for its ranks: one of torchrun's on each machine removes what earlier runs have left."""
-    if not is_supervised() and os.environ["LOCAL_RANK"] == "0":
-        remove_abandoned_shared_memory()
-        remove_orphaned_segments()
-
-
-def die_with_parent(process_id: int) -> None:
-    """Have the kernel kill this process when its parent, given by its id, ends, however that ends (Linux only)."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != process_id:
-        os._exit(1)  # it ended before the line above
-
-
-def is_rank() -> bool:
-    """Whether this process is one rank of a run, and not the command that starts them.
-
-    It is one if `run_ranks` started it, or if the environment has all that torchrun gives its ranks and torchrun is at work above this
-    process. Variables alone make no rank: a shell, a notebook or a batch script may have them left over or made them for others.
-    """
-    return is_supervised() or (_has_torchrun_variables() and _is_below_torchrun())
-
-
-def is_supervised() -> bool:
-    """True in a rank that `run_ranks` started."""
-    return _SUPERVISOR_VARIABLE in os.environ
-
-
-def leftover_notice() -> str | None:
-    """A sentence for the start of a command that is no rank although the environment looks like one's."""
-    found = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
-    if "RANK" not in found or is_rank():
-        return None
-    return f"warning: the environment has {', '.join(found)}, which is ignored: there is no torchrun above this process."
-
-
-def _has_torchrun_variables() -> bool:
-    return all(name in os.environ for name in _TORCHRUN_VARIABLES)
-
-
-def _is_below_torchrun() -> bool:
-    import psutil
-
-    for process in psutil.Process().parents():
-        with contextlib.suppress(psutil.Error):
-            if any(_TORCHRUN.fullmatch(argument) for argument in process.cmdline()[:8]):  # before the arguments of what it starts
-                return True
-    return False
-
-
-def _refuse_restart() -> None:
-    """Under `torchrun --max-restarts`: end like the start before this one where that said that another one would end alike.
-
-    Raises:
-        TrainingError: with that sentence.
-    """
-    number, path = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0), os.environ.get(_ERROR_FILE_VARIABLE)
-    if number == 0 or not path or not is_rank():
-        return
-    for record in Path(path).parents[1].with_name(f"attempt_{number - 1}").glob("*/error.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            earlier = json.loads(record.read_text(encoding="utf-8"))
-            if earlier["status"] == TrainingError.status:
-                raise TrainingError(str(earlier["sentence"]))
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, R1ZError) else f"{type(error).__name__}: {text}"
-
-
-def _with_rank(rank: int | str | None, sentence: str) -> str:
-    return sentence if rank is None else f"rank {rank}: {sentence}"
-
-
-def _record_error(error: BaseException, status: int) -> None:
-    """Write torchrun's error file; the keys after `message` are for our own supervisor."""
-    path = os.environ.get(_ERROR_FILE_VARIABLE)
-    if not path:
-        return
-    now = time.time()
-    message = {
-        "message": f"{type(error).__name__}: {error}",
-        "extraInfo": {"py_callstack": traceback.format_exc(), "timestamp": str(int(now))},
-    }
-    record = {
-        "message": message,
-        "time": now,
-        "status": status,
-        "sentence": _sentence(error),
-        "deliberate": isinstance(error, R1ZError),
-    }
-    final = os.environ.get(_FINAL_FILE_VARIABLE)
-    if final and status == TrainingError.status:
-        Path(final).write_text(f"{_sentence(error)}\n", encoding="utf-8")
-    Path(path).with_suffix(".txt").write_text(traceback.format_exc(), encoding="utf-8")
-    Path(path).write_text(json.dumps(record), encoding="utf-8")
-
-
-# ---------------------------------------------------------------------------------------------------------------- the parent's side
 
 
 @dataclass
@@ -529,8 +309,8 @@ def _start(rank: int, num_ranks: int, threads: int, port: int, folder: Path, com
         "OPENBLAS_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": ",".join(filter(None, (_TRACKER_WARNING, os.environ.get("PYTHONWARNINGS")))),
-        _ERROR_FILE_VARIABLE: str(error_file.absolute()),
-        _SUPERVISOR_VARIABLE: str(os.getpid()),
+        ERROR_FILE_VARIABLE: str(error_file.absolute()),
+        SUPERVISOR_VARIABLE: str(os.getpid()),
     }
     # In a session of its own, so that the terminal's Ctrl-C does not reach the rank's helpers: the supervisor passes it to the rank alone.
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -565,12 +345,7 @@ def _reserved_port() -> Iterator[int]:
 
 def _become_subreaper() -> None:
     """Inherit the processes whose parents die below this one, so that they can be found (Linux only)."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _descendants() -> set[Any]:

@@ -22,7 +22,7 @@ from nemo_run.config import get_nemorun_home
 from nemo_run.core.frontend.console.api import CONSOLE
 
 from megatron_r1z.errors import ConfigError, LaunchError
-from megatron_r1z.host.supervisor import STOPPED
+from megatron_r1z.host.rank import STOPPED
 from megatron_r1z.launch.executors import make_executor
 from megatron_r1z.launch.job import CODE, JOB_FOLDER, Job, stage
 

@@ -23,9 +23,9 @@ import yaml
 from megatron_r1z.config import TrainConfig, load_config
 from megatron_r1z.data.changes import MAY_CHANGE_IN_SWEEPS, Difference, changed_inputs, changed_settings, earlier_config
 from megatron_r1z.data.inputs import load_inputs, read_inputs
-from megatron_r1z.data.prompts import load_question_sets, mark_questions
+from megatron_r1z.data.questions import load_question_sets, mark_questions
 from megatron_r1z.errors import ConfigError, R1ZError
-from megatron_r1z.host.supervisor import STOPPED
+from megatron_r1z.host.rank import STOPPED
 from megatron_r1z.record.result_files import read_rows, to_json
 from megatron_r1z.record.tables import align
 

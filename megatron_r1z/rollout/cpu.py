@@ -5,7 +5,7 @@ Written for vLLM 0.32 (`tests/unit/rollout/test_cpu.py` fails when what is relie
 - its CPU linear layers pack their weights at load and empty the parameter; two switches keep them as they are on a GPU, live
   (measured: 2 % of the speed in float32, 17 % in bfloat16);
 - tensor-parallel CPU engines talk through shared memory whose name comes from the init method, the same for every run on the machine;
-  `RankExecutor` puts the run's port into it, and `host/supervisor.py` removes what a killed run leaves;
+  `RankExecutor` puts the run's port into it, and `host/segments.py` removes what a killed run leaves;
 - its kernels are chosen by what the processor can do, whatever oneDNN is held to by `ONEDNN_MAX_CPU_ISA`. Linux gives AMX to a process that
   has asked for it, and it is oneDNN that asks: where it is held below, such a kernel ends the process by SIGILL;
 - chunked prefill and per-request seeds do not go together, and eager mode must not compile its sampler.

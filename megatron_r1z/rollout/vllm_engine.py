@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_r1z.errors import EngineError, Interrupted
 from megatron_r1z.host.collector import paused_collector
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.host.segments import record_segments
-from megatron_r1z.host.supervisor import StopFlag
 from megatron_r1z.layout.fp8 import quantization_config
 from megatron_r1z.protocols import Result, Sampling
 from megatron_r1z.rollout.cpu import prepare_engine, prepare_import

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_r1z.errors import DataError, ExportError, TrainingError
-from megatron_r1z.host.supervisor import die_with_parent
+from megatron_r1z.host.rank import die_with_parent
 from megatron_r1z.policy.cpu import megatron_device
 from megatron_r1z.policy.model import EXTRA_STATE
 from megatron_r1z.policy.trained import CRITIC_PREFIX

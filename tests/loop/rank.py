@@ -7,12 +7,12 @@ import os
 import runpy
 import sys
 
-from megatron_r1z.host.supervisor import remove_shared_memory
+from megatron_r1z.host.segments import remove_segments_of
 
 if __name__ == "__main__":
     del sys.argv[0]
     gc.set_threshold(100_000)
     runpy.run_path(sys.argv[0], run_name="__main__")
-    remove_shared_memory(int(os.environ["MASTER_PORT"]))
+    remove_segments_of(int(os.environ["MASTER_PORT"]))
     sys.stdout.flush()
     os._exit(0)

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1z.config import ModelConfig, ParallelConfig, PrecisionConfig, RolloutConfig
-from megatron_r1z.data.prompts import load_tokenizer, make_stops
+from megatron_r1z.data.templates import make_stops
+from megatron_r1z.data.tokenizer import load_tokenizer
 from megatron_r1z.errors import EngineError, RefitError
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import load_shape

@@ -163,6 +163,6 @@ def test_the_table_of_a_folder_names_each_of_its_files(folder: str) -> None:
 
 def test_the_tests_that_hold_the_objectives_exist() -> None:
     named = set(re.findall(r"`(test_\w+)`", read("docs/algorithms.md")))
-    files = ("test_objective", "test_objective_table", "test_loop")
+    files = ("test_objective", "test_objective_table", "test_loop", "test_samples")
     defined = {name for file in files for name in re.findall(r"^def (test_\w+)", read(f"tests/unit/{file}.py"), flags=re.MULTILINE)}
     assert named - defined == set()

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from megatron_r1z.config import DataConfig, QuestionSource
-from megatron_r1z.data.prompts import make_template
+from megatron_r1z.data.templates import make_template
 from megatron_r1z.grading.answers import extract_boxed_answer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"

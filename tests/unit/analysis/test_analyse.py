@@ -14,7 +14,7 @@ from megatron_r1z.analysis.analyse import Analysis, Cell, OnDemand, cells_of, fi
 from megatron_r1z.config import AnalyseConfig, make_config
 from megatron_r1z.data.prompts import PromptSet
 from megatron_r1z.evaluation.evaluate import Evaluation, evaluation_sampling
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.record.metrics import SilentLog
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Verdict, VerdictKind

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1z.analysis.examine import Examined, Judgement, Outcome, Task, examine, find_keywords, make_inquiries, read_levels
 from megatron_r1z.config import REFLECTION_KEYWORDS, QuestionSource
-from megatron_r1z.data.prompts import Question, load_questions
+from megatron_r1z.data.questions import Question, load_questions
 from megatron_r1z.errors import DataError
 from megatron_r1z.evaluation.scores import Attempt, QuestionResult
 from megatron_r1z.types import FinishReason, VerdictKind

@@ -17,7 +17,7 @@ from megatron_r1z.analysis.examine import Inquiry, Task
 from megatron_r1z.analysis.judge import ask, find_proxy, key_of, make_sender, make_text, parse, read_key
 from megatron_r1z.config import JudgeConfig
 from megatron_r1z.errors import ConfigError, JudgeError
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.record.metrics import SilentLog
 
 INQUIRIES: list[Inquiry] = [(task, f"{index}?", f"response {index}") for index in range(5) for task in Task]

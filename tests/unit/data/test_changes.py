@@ -18,7 +18,7 @@ from megatron_r1z.data.changes import Difference, changed_settings, check_goes_o
 from megatron_r1z.data.corpus import check_corpus
 from megatron_r1z.data.inputs import INPUTS_FILE, load_inputs, read_inputs, save_inputs
 from megatron_r1z.data.order import SeededStream
-from megatron_r1z.data.prompts import load_question_sets, mark_questions
+from megatron_r1z.data.questions import load_question_sets, mark_questions
 from megatron_r1z.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "quickstart"))

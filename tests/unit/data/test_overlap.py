@@ -10,7 +10,7 @@ import pytest
 
 from megatron_r1z.config import QuestionSource
 from megatron_r1z.data.overlap import MIN_SHARE, NUM_WORDS, find_overlaps, normalise, split_words
-from megatron_r1z.data.prompts import Question, load_questions
+from megatron_r1z.data.questions import Question, load_questions
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the question sets are not at {SHARED}")

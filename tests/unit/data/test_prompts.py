@@ -15,25 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_r1z.config import DataConfig, EvaluationConfig, QuestionSource
-from megatron_r1z.data.prompts import (
-    FEW_SHOT_STOP,
-    TEMPLATES,
-    Message,
-    PromptStream,
-    Question,
-    added_tokens,
-    load_prompts,
-    load_question_sets,
-    load_questions,
-    load_tokenizer,
-    make_prompts,
-    make_stops,
-    make_template,
-    mark_questions,
-    name_sources,
-    read_questions,
-    tokenise,
-)
+from megatron_r1z.data.naming import name_sources
+from megatron_r1z.data.prompts import PromptStream, load_prompts, make_prompts
+from megatron_r1z.data.questions import Message, Question, load_question_sets, load_questions, mark_questions, read_questions
+from megatron_r1z.data.templates import FEW_SHOT_STOP, TEMPLATES, make_stops, make_template
+from megatron_r1z.data.tokenizer import added_tokens, load_tokenizer, tokenise
 from megatron_r1z.errors import ConfigError, DataError
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"

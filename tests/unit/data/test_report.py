@@ -13,7 +13,7 @@ import pytest
 
 from megatron_r1z.config import DataConfig, QuestionSource, TrainConfig, make_config
 from megatron_r1z.data.overlap import Overlap
-from megatron_r1z.data.prompts import Question, QuestionSet
+from megatron_r1z.data.questions import Question, QuestionSet
 from megatron_r1z.data.report import DataReport, Lengths, describe_data, leak_warnings, make_report, render
 from megatron_r1z.errors import DataError
 

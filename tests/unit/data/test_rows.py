@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1z.config import QuestionSource
-from megatron_r1z.data.prompts import Question, load_questions
+from megatron_r1z.data.questions import Question, load_questions
 from megatron_r1z.data.rows import MalformedRow, Row, chosen_rows, find, has_lone_surrogate, name_columns, scan_rows
 from megatron_r1z.errors import DataError, MissingExtraError
 
@@ -126,7 +126,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_without_a_network(tmp_path: Path) -> None:
     program = (
-        "from megatron_r1z.config import QuestionSource\nfrom megatron_r1z.data.prompts import load_questions\n"
+        "from megatron_r1z.config import QuestionSource\nfrom megatron_r1z.data.questions import load_questions\n"
         "try:\n    load_questions(QuestionSource(dataset='openai/gsm8k', subset='main'))\n"
         "except Exception as error:\n    print(type(error).__name__, error)\n"
     )

@@ -24,7 +24,7 @@ from megatron_r1z.evaluation.evaluate import (
     evaluation_sampling,
 )
 from megatron_r1z.evaluation.scores import score
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.protocols import Sampling
 from megatron_r1z.record.metrics import SilentLog
 from megatron_r1z.types import FinishReason, GradedGroup, Group, Prompt, Response, Verdict, VerdictKind

@@ -21,7 +21,7 @@ import pytest
 
 from megatron_r1z.errors import Interrupted, R1ZError
 from megatron_r1z.grading.pool import Outcome, OutcomeKind, WorkerPool
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 
 ROOT = Path(__file__).parents[3]
 TASKS = """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1z.host.segments import remove_orphaned_segments
+from megatron_r1z.host.segments import remove_abandoned_segments, remove_orphaned_segments, remove_segments_of
 
 FOLDER = Path("/dev/shm")
 SCRIPT = """
@@ -91,3 +94,32 @@ def test_a_segment_without_a_record_is_left_alone() -> None:
     finally:
         segment.close()
         segment.unlink()
+
+
+def test_shared_memory_of_this_run_only_is_removed() -> None:
+    ours = ["-tp:0-[0-1]-cpushm_0", "-tp:0-[0-1]-cpushm_1"]
+    port = random.randrange(100_000, 10_000_000)  # of nobody
+    names = [f"{port}{ours[0]}", f"r1z_{port}{ours[1]}", f"1{port}{ours[0]}", f"{port + 1}{ours[0]}", f"{port}0{ours[0]}"]
+    try:
+        for name in names:
+            (FOLDER / name).touch(exist_ok=False)
+        assert sorted(remove_segments_of(port)) == sorted(names[:2])
+        assert [name for name in names if (FOLDER / name).exists()] == names[2:]
+    finally:
+        for name in names:
+            (FOLDER / name).unlink(missing_ok=True)
+
+
+def test_shared_memory_is_abandoned_when_it_is_old_and_nobody_has_it_mapped(tmp_path: Path) -> None:
+    old, mapped, new = (FOLDER / f"{tmp_path.name}-{name}-tp:0-[0-1]-cpushm_0" for name in ("old", "mapped", "new"))
+    try:
+        for path in (old, mapped, new):
+            path.write_bytes(bytes(4096))
+        for path in (old, mapped):
+            os.utime(path, (0, 0))
+        with mapped.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+            remove_abandoned_segments()  # or another run at the same moment
+            assert [path.exists() for path in (old, mapped, new)] == [False, True, True]
+    finally:
+        for path in (old, mapped, new):
+            path.unlink(missing_ok=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import random
 import re
 import signal
 import subprocess
@@ -21,12 +19,13 @@ import pytest
 
 from megatron_r1z.errors import ConfigError, EngineError
 from megatron_r1z.host import supervisor
+from megatron_r1z.host.rank import is_rank, leftover_notice, rank_entry
 
 PRELUDE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from megatron_r1z import errors
-from megatron_r1z.host.supervisor import STOPPED, StopFlag, rank_entry
+from megatron_r1z.host.rank import STOPPED, StopFlag, rank_entry
 rank = int(os.environ["RANK"])
 """
 
@@ -307,37 +306,6 @@ def test_ranks_die_with_a_killed_supervisor(run: Callable[..., Run]) -> None:
         time.sleep(0.02)
 
 
-def test_shared_memory_of_this_run_only_is_removed() -> None:
-    ours = ["-tp:0-[0-1]-cpushm_0", "-tp:0-[0-1]-cpushm_1"]
-    port = random.randrange(100_000, 10_000_000)  # of nobody
-    names = [f"{port}{ours[0]}", f"r1z_{port}{ours[1]}", f"1{port}{ours[0]}", f"{port + 1}{ours[0]}", f"{port}0{ours[0]}"]
-    folder = Path("/dev/shm")
-    try:
-        for name in names:
-            (folder / name).touch(exist_ok=False)
-        assert sorted(supervisor.remove_shared_memory(port)) == sorted(names[:2])
-        assert [name for name in names if (folder / name).exists()] == names[2:]
-    finally:
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-
-
-def test_shared_memory_is_abandoned_when_it_is_old_and_nobody_has_it_mapped(tmp_path: Path) -> None:
-    folder = Path("/dev/shm")
-    old, mapped, new = (folder / f"{tmp_path.name}-{name}-tp:0-[0-1]-cpushm_0" for name in ("old", "mapped", "new"))
-    try:
-        for path in (old, mapped, new):
-            path.write_bytes(bytes(4096))
-        for path in (old, mapped):
-            os.utime(path, (0, 0))
-        with mapped.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-            supervisor.remove_abandoned_shared_memory()  # or another run at the same moment
-            assert [path.exists() for path in (old, mapped, new)] == [False, True, True]
-    finally:
-        for path in (old, mapped, new):
-            path.unlink(missing_ok=True)
-
-
 def test_the_reserved_port_is_free_for_rank_0_only() -> None:
     from torch.distributed import TCPStore
 
@@ -361,7 +329,7 @@ def test_errors_are_written_as_torchrun_reads_them(
     def main() -> int:
         raise error
 
-    assert supervisor.rank_entry(main) == status
+    assert rank_entry(main) == status
     text = str(error) if status == 2 or isinstance(error, EngineError) else f"ValueError: {error}"
     assert capsys.readouterr().err == f"{text}\n"
     failure = ProcessFailure(0, 1, status, str(path))
@@ -464,14 +432,14 @@ def test_variables_alone_make_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("R1Z_SUPERVISOR", raising=False)
     for name in LEFT_OVER:
         monkeypatch.delenv(name, raising=False)
-    assert not supervisor.is_rank()
-    assert supervisor.leftover_notice() is None
+    assert not is_rank()
+    assert leftover_notice() is None
     for name, value in LEFT_OVER.items():
         monkeypatch.setenv(name, value)
-    assert not supervisor.is_rank()
-    assert "RANK, LOCAL_RANK, WORLD_SIZE" in str(supervisor.leftover_notice())
+    assert not is_rank()
+    assert "RANK, LOCAL_RANK, WORLD_SIZE" in str(leftover_notice())
     monkeypatch.setenv("R1Z_SUPERVISOR", "1")
-    assert supervisor.is_rank()
+    assert is_rank()
 
 
 def test_what_a_torchrun_left_in_the_environment_does_not_reach_the_ranks(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

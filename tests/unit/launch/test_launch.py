@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_r1z import cli
-from megatron_r1z.cli import main
+from megatron_r1z.cli import commands, main
 from megatron_r1z.config import (
     AnalyseConfig,
     EvaluateConfig,
@@ -141,7 +140,7 @@ def test_the_staged_code_runs_by_itself(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     program = "import megatron_r1z.cli as cli; print(cli.__file__)"
     found = subprocess.run([sys.executable, "-c", program], cwd="/", env=environment, capture_output=True, text=True, check=True).stdout
-    assert Path(found.strip()) == tmp_path / "megatron_r1z" / "cli.py"
+    assert Path(found.strip()) == tmp_path / "megatron_r1z" / "cli" / "__init__.py"
 
 
 def test_work_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +155,7 @@ def test_work_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 
 def test_a_folder_may_have_the_name_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(cli, "_train", lambda _options, arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(commands, "train", lambda _options, arguments: seen.append(arguments) or 0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train").mkdir()
     assert main(["-C", "train", "train", "run.yaml"]) == 0

@@ -13,9 +13,9 @@ import pytest
 from megatron_r1z.cli import main
 from megatron_r1z.config import dump_config
 from megatron_r1z.data.changes import record_work
-from megatron_r1z.data.prompts import load_question_sets, mark_questions
+from megatron_r1z.data.questions import load_question_sets, mark_questions
 from megatron_r1z.errors import ConfigError
-from megatron_r1z.host.supervisor import STOPPED
+from megatron_r1z.host.rank import STOPPED
 from megatron_r1z.launch import sweep
 
 QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")

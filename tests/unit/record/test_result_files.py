@@ -31,7 +31,7 @@ OTHER_WRITERS = {
     "fp8/machine.py": "what a child process found",
     "rehearse/engine_role.py": "a model's config.json",
     "rehearse/roles.py": "what goes between processes",
-    "host/supervisor.py": "the error of a rank",
+    "host/rank.py": "the error of a rank",
 }
 """Files that may call `json.dump` or `json.dumps` themselves: they write no figures."""
 FLOATS = st.floats() | st.integers() | st.none() | st.text()

