@@ -26,6 +26,7 @@ import torch.distributed as dist
 from measuring import read_status, reset_peak, run_ranks
 from torch import Tensor
 
+from megatron_r1z.config import RolloutConfig
 from megatron_r1z.host.shared_memory import SharedCopies
 from megatron_r1z.layout.blocks import Box, Layout, box_slices, engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, load_shape
@@ -40,6 +41,7 @@ from megatron_r1z.reshard.links import Links, Wire
 from megatron_r1z.reshard.moves import Move, bind
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_r1z.speed import Machine, engine_speed
 
 SMOLLM2 = ModelShape("llama", 30, 576, 9, 3, 64, 1536, 49152, True, False, False, 1e5, None, 1e-5, 8192)
 SPLITTABLE = dataclasses.replace(SMOLLM2, num_heads=8, num_kv_heads=4)
@@ -246,6 +248,7 @@ def live_engine(model: str, not_in_fp8: Sequence[str] | None = None) -> VllmEngi
             max_concurrent_sequences=8,
             kv_cache_bytes=64 << 20,
             seed=0,
+            speed=engine_speed(RolloutConfig(), load_shape(model).max_positions, Machine(False, False)),
             not_in_fp8=None if not_in_fp8 is None else tuple(not_in_fp8),
         )
     )

@@ -17,7 +17,9 @@ from megatron_r1z import ranks
 from megatron_r1z.agreement import check_start
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig
+from megatron_r1z.cost.cache import cache_beside
 from megatron_r1z.cost.checks import check_engine_room
+from megatron_r1z.cost.cluster import GIB
 from megatron_r1z.cost.engine_memory import EngineMemory
 from megatron_r1z.cost.formats import engine_format
 from megatron_r1z.data.changes import go_on, record_work
@@ -41,7 +43,7 @@ from megatron_r1z.loop import Run, RunState
 from megatron_r1z.objective import make_loss
 from megatron_r1z.policy.attention import Attention, check_attention, chosen_attention
 from megatron_r1z.policy.critic import MegatronCritic
-from megatron_r1z.policy.model import DTYPES, has_transformer_engine
+from megatron_r1z.policy.model import DTYPES, has_transformer_engine, this_machine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy
 from megatron_r1z.policy.trained import Settings
@@ -55,6 +57,7 @@ from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_r1z.speed import CPU_CACHE_BYTES, engine_speed
 from megatron_r1z.types import RefitReceipt
 from megatron_r1z.weights.checkpoint import Checkpoints, check_finite, load_weights
 from megatron_r1z.weights.export import load_hf_weights, save_hf
@@ -210,7 +213,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
         kept = left_out(weights.shape, matrices)
         log.say(f"engine: {len(matrices)} matrices in FP8" + (f", in bf16 {', '.join(kept)}" if kept else ""))
     stop_flag = StopFlag()
-    engine = _make_engine(config, weights.shape, matrices, stop_flag)
+    engine = _make_engine(config, weights.shape, matrices, stop_flag, log)
     grader = MathGrader(config.grading, config.data.template, stop_flag)
     grader.self_test()
     try:
@@ -243,8 +246,13 @@ def matrices_in_fp8(config: TrainConfig | EvaluateConfig, shape: ModelShape, *so
     return fp8_matrices(shape, [*sources, _engine_layout(config, shape)], config.precision.bf16_layers(shape.num_layers))
 
 
-def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matrices: Collection[str], stop_flag: StopFlag) -> VllmEngine:
-    _check_engine_room(config, shape)
+def _make_engine(
+    config: TrainConfig | EvaluateConfig, shape: ModelShape, matrices: Collection[str], stop_flag: StopFlag, log: Console | SilentLog
+) -> VllmEngine:
+    cache_bytes = _cache_bytes(config, shape)
+    if config.rollout.kv_cache_bytes == "auto":
+        log.say(f"engine: a key-value cache of {cache_bytes / GIB:.2f} GiB on each rank")
+    _check_engine_room(config, shape, cache_bytes)
     return VllmEngine(
         EngineSettings(
             model_folder=config.model.path,
@@ -254,19 +262,33 @@ def _make_engine(config: TrainConfig | EvaluateConfig, shape: ModelShape, matric
             tensor_parallel_size=config.rollout.tensor_parallel_size,
             max_model_tokens=config.max_model_tokens,
             max_concurrent_sequences=config.rollout.max_concurrent_sequences,
-            kv_cache_bytes=config.rollout.kv_cache_bytes,
+            kv_cache_bytes=cache_bytes,
             seed=config.rollout.seed,
+            speed=engine_speed(config.rollout, config.max_model_tokens, this_machine()),
             not_in_fp8=tuple(modules_to_not_convert(shape, matrices)) if config.precision.engine == "fp8" else None,
         ),
         stop_flag,
     )
 
 
-def _check_engine_room(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
+def _cache_bytes(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> int:
+    """Of the key-value cache of this rank: the smallest of those that ranks have room for, as an engine's must be alike."""
+    asked = config.rollout.kv_cache_bytes
+    if asked != "auto" or not torch.cuda.is_available():
+        return CPU_CACHE_BYTES if asked == "auto" else asked
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    left = cache_beside(config, shape, total, total - free - torch.cuda.memory_reserved())
+    smallest = torch.tensor(left, dtype=torch.int64)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)
+
+
+def _check_engine_room(config: TrainConfig | EvaluateConfig, shape: ModelShape, cache_bytes: int) -> None:
     """What is left beside a policy shows only when it is there."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        memory = EngineMemory(shape, config.rollout, engine_format(config.precision), config.max_model_tokens)
+        memory = EngineMemory(shape, config.rollout, engine_format(config.precision), config.max_model_tokens, cache_bytes)
         check_engine_room(memory, torch.cuda.mem_get_info()[0])
 
 
@@ -362,7 +384,7 @@ def made_evaluation(config: EvaluateConfig) -> Iterator[Evaluation]:
     _say_sets(log, sets, config)
     write_origin(config.folder, config, log)
     stop_flag = StopFlag()
-    engine = _make_filled_engine(config, stop_flag)
+    engine = _make_filled_engine(config, stop_flag, log)
     grader = MathGrader(config.grading, config.data.template, stop_flag)
     grader.self_test()
     sampling = evaluation_sampling(config.evaluation, config.rollout, _stops(config, tokenizer))
@@ -383,7 +405,7 @@ def made_analysis(config: AnalyseConfig) -> Iterator[Analysis]:
     cells = {cell: config.evaluation(cell.template, cell.temperature) for cell in cells_of(config)}
     by_template = {cell.template: evaluation for cell, evaluation in cells.items()}
     sets = {name: load_prompts(item.data, item.evaluation.sets, tokenizer) for name, item in by_template.items()}
-    engine = OnDemand(lambda: _make_filled_engine(next(iter(cells.values())), stop_flag))
+    engine = OnDemand(lambda: _make_filled_engine(next(iter(cells.values())), stop_flag, log))
     with ExitStack() as stack:
         graders = {name: stack.enter_context(closing(MathGrader(item.grading, name, stop_flag))) for name, item in by_template.items()}
         for name, grader in graders.items():
@@ -412,12 +434,12 @@ def made_analysis(config: AnalyseConfig) -> Iterator[Analysis]:
         engine.made.close()
 
 
-def _make_filled_engine(config: EvaluateConfig, stop_flag: StopFlag) -> VllmEngine:
+def _make_filled_engine(config: EvaluateConfig, stop_flag: StopFlag, log: Console | SilentLog) -> VllmEngine:
     """An engine that holds the weights that the configuration names."""
     shape = load_shape(config.model.path)
     sources = [] if config.model.checkpoint is None else [plan_weights(config).layout]
     matrices = matrices_in_fp8(config, shape, *sources)
-    engine = _make_engine(config, shape, matrices, stop_flag)
+    engine = _make_engine(config, shape, matrices, stop_flag, log)
     _fill_engine(config, engine, matrices)
     return engine
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from megatron_r1z.config import OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_r1z.fp8.machine import parse_version, try_import
 from megatron_r1z.fp8.recipes import NEEDS, Facts, Version, machine_refusal
+from megatron_r1z.speed import CONDITIONS, CPU_CACHE_BYTES, Machine, choices, engine_speed, gradient_speed, model_speed
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def probe() -> Probe:
 
 
 def diagnose(found: Probe) -> list[Finding]:
-    """One finding for each library and each recipe."""
-    return [*_hardware(found), *_libraries(found), *_recipes(found)]
+    """One finding for each library, each recipe and each setting for speed."""
+    return [*_hardware(found), *_libraries(found), *_recipes(found), *_speed(found)]
 
 
 def render(findings: list[Finding]) -> str:
@@ -161,6 +163,25 @@ def _recipes(found: Probe) -> list[Finding]:
         possible = "emulated in bf16 on the CPU" if found.facts.emulates else "by Transformer Engine"
         findings.append(Finding(f"FP8 {recipe}", "no" if refusal else "yes", refusal or possible))
     return findings
+
+
+def _speed(found: Probe) -> list[Finding]:
+    """What `auto` comes to here, for a configuration that has what else it takes."""
+    if found.torch is None:
+        return []
+    has_gpu = found.gpu is not None
+    machine = Machine(has_gpu, has_gpu and found.transformer_engine is not None)
+    parallel = ParallelConfig(num_ranks=4, pipeline_parallel_size=2, virtual_pipeline_size=2)
+    engine = engine_speed(RolloutConfig(), 1, machine)
+    options = choices(model_speed(parallel, machine), gradient_speed(parallel, OptimizerConfig(distributed=True), machine), engine)
+    cache = "what is left" if has_gpu else f"{CPU_CACHE_BYTES >> 20} MiB"
+    return [
+        *(
+            Finding(f"auto {name}", "on" if choice else "off", CONDITIONS.get(name, "") if choice else choice.reason)
+            for name, choice in options.items()
+        ),
+        Finding("auto kv_cache_bytes", cache, "of the GPU's memory; `plan` tells how much" if has_gpu else "there is no GPU"),
+    ]
 
 
 def _look_at_torch(torch: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape, load_shape
 from megatron_r1z.layout.fp8 import BLOCK, fp8_matrices
 from megatron_r1z.layout.rope import RopeScaling
+from megatron_r1z.speed import CPU_CACHE_BYTES, Machine, engine_speed, gradient_speed, model_speed
 from megatron_r1z.weights.folders import kind_of
 from megatron_r1z.weights.model_folder import check_tensors, check_tokens
 from megatron_r1z.weights.resume_point import damage_of, find_resume_point, holds_checkpoints, steps_of
@@ -148,6 +149,9 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
             "set optimizer.offload_to_host=false."
         )
     _check_offload(config.parallel, shape)
+    machine = Machine(_has_cuda(), _has_cuda() and read_facts().transformer_engine is not None)
+    model_speed(config.parallel, machine)
+    gradient_speed(config.parallel, config.optimizer, machine)
     if config.optimizer.distributed and not _has_cuda():
         raise ConfigError(
             "optimizer.distributed keeps state that megatron-core cannot restore from a checkpoint without Transformer Engine or apex; "
@@ -210,7 +214,8 @@ def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> 
     """The engine, and how questions are put and graded; returns what is repaired, one sentence each."""
     _check_fp8_engine(config, shape)
     _check_head_size(shape)
-    check_lengths(config, shape)
+    check_lengths(config, shape, None if _has_cuda() else CPU_CACHE_BYTES)
+    engine_speed(config.rollout, config.max_model_tokens, Machine(_has_cuda(), _has_cuda()))
     tokenizer = load_tokenizer(config.model.path)
     check_tokens(config.model.path, shape, tokenizer)
     template = make_template(config.data, tokenizer)

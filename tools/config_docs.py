@@ -118,11 +118,13 @@ def show_type(hint: Any) -> str:
     """A type as a reader of YAML would say it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in arguments)
+        return ", ".join(f"`{str(choice).lower() if isinstance(choice, bool) else choice}`" for choice in arguments)
     if origin is tuple:
         return f"list of {show_type(arguments[0])}" if arguments[-1] is Ellipsis else f"{len(arguments)} x {show_type(arguments[0])}"
     if origin is Mapping:
         return "values or lists of values by column" if typing.get_origin(arguments[1]) is tuple else "values by name"
+    if any(typing.get_origin(argument) is Literal for argument in arguments):
+        return ", ".join(show_type(argument) for argument in reversed(arguments))
     if type(None) in arguments:
         return " or ".join("null" if argument is type(None) else show_type(argument) for argument in arguments)
     names = {

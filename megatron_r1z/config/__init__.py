@@ -8,7 +8,18 @@ library plus the YAML reader, so that a login node without torch can check a run
 from megatron_r1z.config.commands import TRAINING_SECTIONS, AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig
 from megatron_r1z.config.held_out import REFLECTION_KEYWORDS, AnalysisConfig, EvaluationConfig, JudgeConfig
 from megatron_r1z.config.launch import LAUNCH, Executor, LaunchConfig, SshConfig
-from megatron_r1z.config.model import ITEMSIZE, Fp8Config, Fp8Recipe, ModelConfig, NumberFormat, ParallelConfig, PrecisionConfig, Recompute
+from megatron_r1z.config.model import (
+    ITEMSIZE,
+    Fp8Config,
+    Fp8Recipe,
+    ModelConfig,
+    NumberFormat,
+    ParallelConfig,
+    PrecisionConfig,
+    Recompute,
+    SpeedConfig,
+    Toggle,
+)
 from megatron_r1z.config.reading import load_config, load_launch, load_record, make_config
 from megatron_r1z.config.rollout import ExtraReward, GradingConfig, GradingMode, RefitWay, RewardForm, RolloutConfig
 from megatron_r1z.config.sources import CorpusConfig, DataConfig, QuestionSource, RowSource, Scalar, Template, TextSource
@@ -54,9 +65,11 @@ __all__ = [
     "RolloutConfig",
     "RowSource",
     "Scalar",
+    "SpeedConfig",
     "SshConfig",
     "Template",
     "TextSource",
+    "Toggle",
     "TrainConfig",
     "dump_config",
     "leaves",

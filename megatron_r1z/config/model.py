@@ -13,6 +13,8 @@ ITEMSIZE = {"bf16": 2, "fp32": 4}
 Recompute = Literal["none", "selective", "full"]
 NumberFormat = Literal["fp32", "bf16"]
 Fp8Recipe = Literal["blockwise", "mxfp8", "tensorwise", "delayed"]
+Toggle = Literal["auto", True, False]
+"""`auto`: on wherever machine and libraries allow it and there is something to gain (`speed.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.random_init and self.checkpoint is not None:
             raise ConfigError("model: random_init and checkpoint are two places for the weights to come from; set one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """What makes a step of the policy faster and changes no number beyond rounding ([gpu.md](gpu.md#settings-for-speed))."""
+
+    overlap_grad_reduce: Toggle = "auto"
+    """Sum gradients over data-parallel ranks while the last micro-batch's backward pass is still running."""
+    overlap_param_gather: Toggle = "auto"
+    """Fetch the weights that other ranks have stepped while the next forward pass is running. Needs `optimizer.distributed` and
+    `overlap_grad_reduce`."""
+    overlap_p2p_comm: Toggle = "auto"
+    """Exchange activations with the next pipeline stage while computing. Needs `virtual_pipeline_size` above 1."""
+    gradient_accumulation_fusion: Toggle = "auto"
+    """Transformer Engine adds the gradient of a matrix to its float32 sum within the product, without a bf16 one in between."""
+    swiglu_fusion: Toggle = "auto"
+    """One compiled kernel for the gated activation, which keeps two widths of the feed-forward layer for the backward pass instead of
+    four."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +88,9 @@ class ParallelConfig:
     offload_layers: int = 0
     """So many layers from the first one on keep their activations in the host's memory until the backward pass needs them. Needs a GPU
     and Transformer Engine, all layers on one pipeline rank, and nothing recomputed."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """See [parallel.speed](#parallelspeed). `auto`: on where it can be and is of use, which `doctor` and `plan` tell; `false`: off, to look
+    for a mistake; `true` is refused where it cannot be."""
 
     def __post_init__(self) -> None:
         check_positive(self, "num_ranks", "threads_per_rank", "grace_s", "tensor_parallel_size", "pipeline_parallel_size")

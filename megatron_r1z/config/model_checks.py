@@ -41,8 +41,10 @@ def check_layers(parallel: ParallelConfig, num_layers: int) -> None:
     raise ConfigError(f"{wrong}; {remedy}.")
 
 
-def check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> None:
+def check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape, auto_cache_bytes: int | None = None) -> None:
     """Refuse prompts and responses that exceed the model's positions or the key-value cache.
+
+    `auto_cache_bytes` is what an automatic cache has; None: at least what it needs.
 
     Raises:
         ConfigError: with the numbers.
@@ -55,8 +57,9 @@ def check_lengths(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> No
         )
     heads = max(1, shape.num_kv_heads // rollout.tensor_parallel_size)
     needed = 2 * shape.num_layers * heads * shape.head_dim * ITEMSIZE[config.precision.engine_format] * length
-    if needed > rollout.kv_cache_bytes:
+    cache = auto_cache_bytes if rollout.kv_cache_bytes == "auto" else rollout.kv_cache_bytes
+    if cache is not None and needed > cache:
         raise ConfigError(
-            f"rollout.kv_cache_bytes is {rollout.kv_cache_bytes}, but one sequence of {length} tokens needs {needed}; "
+            f"rollout.kv_cache_bytes is {cache}, but one sequence of {length} tokens needs {needed}; "
             "raise it to many times that, as sequences run side by side."
         )

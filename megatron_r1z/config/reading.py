@@ -154,7 +154,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _build_record(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter with a Literal in it
         return _build_union(arguments, value, where)
     if origin is Mapping:
         return _build_mapping(arguments, value, where)
@@ -192,6 +192,12 @@ def _build_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in arguments:
         return None
     kinds = [argument for argument in arguments if argument is not type(None)]
+    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    kinds = [kind for kind in kinds if typing.get_origin(kind) is not Literal]
+    if value in words:
+        return value
+    if words and not (isinstance(value, tuple(kinds)) and not isinstance(value, bool)):
+        raise _ValueError(where, f"{where} must be {' or '.join(words)} or of type {kinds[0].__name__}, not {value!r}.")
     if len(kinds) == 1:
         return _build(kinds[0], value, where)
     if not isinstance(value, tuple(kinds)):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_r1z.config.checks import check_positive, check_temperature, check_top_p
+from megatron_r1z.config.model import Toggle
 from megatron_r1z.errors import ConfigError
 
 GradingMode = Literal["strict", "fast", "math_verify"]
@@ -34,17 +35,31 @@ class RolloutConfig:
     """Seed of sampling; tokens depend on it, the iteration and the prompt."""
     tensor_parallel_size: int = 1
     """Consecutive ranks that form one engine."""
-    kv_cache_bytes: int = 256 << 20
-    """Memory of the key-value cache of one rank."""
+    kv_cache_bytes: int | Literal["auto"] = "auto"
+    """Memory of the key-value cache of one rank. `auto`: what the fullest moment of an iteration leaves of the device, and no more than
+    `max_concurrent_sequences` of full length fill; `plan` shows it. Without a GPU 256 MiB."""
     max_concurrent_sequences: int = 256
-    """Responses that one engine generates side by side."""
+    """Responses that one engine generates side by side: vLLM's `max_num_seqs`."""
+    max_num_batched_tokens: int | Literal["auto"] = "auto"
+    """Tokens that the engine computes in one step at most, prompts in pieces among them. `auto`: vLLM's own, 16384 on a GPU of 70 GiB or
+    more and 8192 on a smaller one; without a GPU a whole prompt at least."""
+    enforce_eager: Toggle = "auto"
+    """Have the engine launch its kernels one by one instead of by CUDA graphs. `auto`: without a GPU."""
+    enable_prefix_caching: Toggle = "auto"
+    """Share keys and values of a prompt among the responses of its group. `auto`: yes. A refit drops them."""
     refit: RefitWay = "planned"
     """How weights reach the engine. `planned`: each rank is sent what it lacks, and digests of both sides are compared. `gathered`: every
     rank gathers whole tensors, which vLLM cuts itself; slow, and nothing is compared, for an engine that the planned way does not know."""
 
     def __post_init__(self) -> None:
         check_positive(self, "prompts_per_iteration", "samples_per_prompt", "max_response_tokens")
-        check_positive(self, "tensor_parallel_size", "kv_cache_bytes", "max_concurrent_sequences")
+        check_positive(self, "tensor_parallel_size", "max_concurrent_sequences")
+        check_positive(self, *(name for name in ("kv_cache_bytes", "max_num_batched_tokens") if getattr(self, name) != "auto"))
+        if self.max_num_batched_tokens != "auto" and self.max_num_batched_tokens < self.max_concurrent_sequences:
+            raise ConfigError(
+                f"rollout.max_num_batched_tokens is {self.max_num_batched_tokens}, less than a token for each of "
+                f"rollout.max_concurrent_sequences {self.max_concurrent_sequences}; raise the one or lower the other."
+            )
         if not self.temperature > 0:
             raise ConfigError(
                 f"rollout.temperature is {self.temperature}; training needs a distribution, so it must be above 0 "

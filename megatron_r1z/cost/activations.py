@@ -1,9 +1,10 @@
 """Memory of activations: what autograd keeps of one micro-batch, and what a backward pass needs on top of that.
 
 The accounting of Korthikanti et al. (arXiv 2205.05198, section 4), for what this policy keeps: no attention scores (the kernels recompute
-them), no dropout, no [tokens, vocabulary] matrix (`policy/logprob.py`), a gated feed-forward layer that is not fused with its activation
-(megatron-core 0.16.1 `MLP.forward`, `glu`). The local layers, which a CPU has, keep more than Transformer Engine's: norms in float32, a
-copy of the attention's output, sines and cosines for each layer. `tests/loop/test_cost.py` holds the local ones against autograd.
+them), no dropout, no [tokens, vocabulary] matrix (`policy/logprob.py`), a gated feed-forward layer that may be fused with its activation
+(megatron-core 0.16.1 `MLP.forward`, `glu` and `bias_swiglu_impl`). The local layers, which a CPU has, keep more than Transformer Engine's:
+norms in float32, a copy of the attention's output, sines and cosines for each layer. `tests/loop/test_cost.py` holds the local ones against
+autograd.
 
 Per token of a micro-batch, h hidden, q and k width of all queries and of all keys, f feed-forward, d head size, s bytes of an activation;
 everything inside a tensor-parallel region is divided by t, the rest by t only under sequence parallelism.
@@ -50,8 +51,10 @@ class TokenBytes:
         return {"none": 0.0, "selective": self.feed_forward, "full": self.whole}[recompute]
 
 
-def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, form: NumberFormat, spec: Spec) -> TokenBytes:
-    """Of one layer on one of `tp` ranks."""
+def token_bytes(
+    shape: ModelShape, tp: int, *, sequence_parallel: bool, form: NumberFormat, spec: Spec, is_fused: bool = False
+) -> TokenBytes:
+    """Of one layer on one of `tp` ranks; `is_fused`: its gated activation is one kernel, which keeps what it was given."""
     itemsize, operand = form.itemsize, form.operand_bytes
     hidden = shape.hidden_size / (tp if sequence_parallel else 1)
     queries, keys = shape.num_heads * shape.head_dim / tp, shape.num_kv_heads * shape.head_dim / tp
@@ -68,8 +71,8 @@ def token_bytes(shape: ModelShape, tp: int, *, sequence_parallel: bool, form: Nu
     if shape.qk_norm:
         heads = (shape.num_heads + shape.num_kv_heads) / tp
         output += FP32_BYTES * heads + _norm_bytes(queries + keys, itemsize, spec)
-    # gate and up in one, activated gate, up plus its offset of 0; and the product, which is the input of the last matrix
-    feed_forward = shape.ffn_size / tp * (4 * itemsize + operand)
+    # gate and up in one and, unless fused, activated gate and up plus its offset of 0; and the product, the input of the last matrix
+    feed_forward = shape.ffn_size / tp * ((2 if is_fused else 4) * itemsize + operand)
     attention = 2 * norm + normed + values + rotated + output
     if spec == "local":
         return TokenBytes(attention + normed, feed_forward, hidden * itemsize)

@@ -12,7 +12,7 @@ class Assumptions:
     compute_share: float = 0.5
     """Of the peak, by the kernels of a forward or backward pass on long packed sequences, element-wise ones and idle gaps included,
     communication and pipeline bubbles apart. Megatron-LM reports 41 to 48 % with those included, for large models on H100 (its README,
-    "Training Speed and Scalability"); this policy does not fuse activations and gradient sums as those runs do."""
+    "Training Speed and Scalability")."""
     decode_compute_share: float = 0.4
     """Of the peak, by the matrix products of a decode step once it has so many sequences that memory no longer bounds it."""
     memory_share: float = 0.7
@@ -29,8 +29,12 @@ class Assumptions:
     fast."""
     host_optimizer_ns: float = 30.0
     """One parameter's AdamW step on the host with torch's unfused operations, all ranks of a node at once sharing its memory bandwidth."""
-    reserved_gib: float = 4.0
-    """Of a device's memory, for the CUDA context, NCCL's buffers, vLLM's CUDA graphs and holes in the allocator."""
+    eager_layer_us: float = 60.0
+    """One layer's kernels of a decode step that are launched one by one, where the engine has no CUDA graphs."""
+    cuda_graphs_gib: float = 1.0
+    """Of a device's memory, for vLLM's CUDA graphs, captured for up to 512 sequences."""
+    reserved_gib: float = 3.0
+    """Of a device's memory, for the CUDA context, NCCL's buffers and holes in the allocator."""
 
 
 DEFAULT = Assumptions()

@@ -64,13 +64,13 @@ def check_engine_room(engine: EngineMemory, free_bytes: int) -> None:
     Raises:
         ConfigError: with the figures of both.
     """
-    cache = engine.rollout.kv_cache_bytes
+    cache = engine.cache_bytes
     needed = engine.weights + engine.staging + cache
     if needed <= free_bytes:
         return
     remedy = (
         f"lower rollout.kv_cache_bytes to at most {free_bytes - needed + cache}"
-        if needed - cache < free_bytes
+        if needed - cache < free_bytes and engine.rollout.kv_cache_bytes != "auto"
         else "raise rollout.tensor_parallel_size, or split the policy over more ranks"
     )
     raise ConfigError(

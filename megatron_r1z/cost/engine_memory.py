@@ -9,10 +9,12 @@ from megatron_r1z.config import RolloutConfig
 from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat, ParameterCounts, count_parameters
 from megatron_r1z.layout.blocks import engine_layout
 from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.speed import BATCHED_TOKENS
 
-BATCH_TOKENS, SMALL_BATCH_TOKENS = 16384, 8192
-"""Tokens that vLLM computes in one step at most, on a GPU of 70 GiB or more and on a smaller one (`EngineArgs`, usage `LLM_CLASS`)."""
-SMALL_GIB = 70.0
+CACHE_UNIT = 256 << 20
+"""A key-value cache that is made to fit is so many of these."""
+CACHE_BLOCK = 16
+"""Tokens that vLLM gives a sequence at a time."""
 SAMPLER_COPIES = 4
 """Float32 matrices [sequences, vocabulary] at once in vLLM's sampler: logits, log-probs, probabilities, random numbers."""
 
@@ -30,7 +32,9 @@ class EngineMemory:
     form: NumberFormat
     max_model_tokens: int
     """Of prompt and response."""
-    batch_tokens: int = BATCH_TOKENS
+    cache_bytes: int
+    """Of the key-value cache."""
+    batch_tokens: int = BATCHED_TOKENS
     """Computed in one step at most."""
 
     @property
@@ -62,7 +66,12 @@ class EngineMemory:
     @property
     def cache_tokens(self) -> int:
         """Tokens that the cache of an engine holds."""
-        return self.rollout.kv_cache_bytes // self.cache_bytes_per_token
+        return self.cache_bytes // self.cache_bytes_per_token
+
+    def cache_for(self, room: int) -> int:
+        """The key-value cache for so many bytes: all sequences at their full length if they fit, and one whatever fits."""
+        one = -(-self.max_model_tokens // CACHE_BLOCK) * CACHE_BLOCK * self.cache_bytes_per_token
+        return max(one, min(one * self.rollout.max_concurrent_sequences, room // CACHE_UNIT * CACHE_UNIT))
 
     def concurrent(self, tokens: float) -> int:
         """Sequences of so many tokens, prompt included, that an engine can have at once."""

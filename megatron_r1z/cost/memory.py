@@ -62,7 +62,13 @@ class RankMemory:
 
 
 def rank_memory(
-    policy: PolicyMemory, critic: CriticMemory | None, engine: EngineMemory, fp8_share: float, refit_buffers: int, reserved: int
+    policy: PolicyMemory,
+    critic: CriticMemory | None,
+    engine: EngineMemory,
+    fp8_share: float,
+    refit_buffers: int,
+    graphs: int,
+    reserved: int,
 ) -> tuple[RankMemory, ...]:
     """A rank of each pipeline stage.
 
@@ -72,12 +78,14 @@ def rank_memory(
         engine: the engine's part, the same on every rank.
         fp8_share: share of the layers' matrices that go over in FP8.
         refit_buffers: send and receive buffers of the rank that needs most.
+        graphs: what the engine's CUDA graphs take.
         reserved: what no tensor of ours takes.
     """
     fixed = [
         Item("engine weights", engine.weights),
         *([Item("engine staging", engine.staging)] if engine.staging else []),
-        Item("KV cache", engine.rollout.kv_cache_bytes),
+        Item("KV cache", engine.cache_bytes),
+        *([Item("CUDA graphs", graphs)] if graphs else []),
         Item("refit buffers", refit_buffers),
         Item("reserved", reserved),
         Item("engine at work", engine.work, Phase.ROLLOUT),
@@ -93,6 +101,8 @@ def _policy_items(policy: PolicyMemory, critic: CriticMemory | None, stage: int,
         yield Item(f"{name}weights", model.weights(stage))
         yield Item(f"{name}gradients", model.gradients(stage))
         yield Item(f"{name}optimizer", model.optimizer_state(stage))
+    if placeholders := max(model.placeholders for model in models):
+        yield Item("gradient placeholders", placeholders)
     if fp8_share:
         yield Item("quantised for engines", math.ceil(policy.parameters[stage].matrices * fp8_share * QUANTISED_BYTES))
     yield Item("activations", max(model.logprobs(stage) for model in models), Phase.LOGPROBS)

@@ -17,6 +17,7 @@ from megatron_r1z.cost.formats import FP32_BYTES, NumberFormat, ParameterCounts,
 from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Spec, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
+from megatron_r1z.speed import GradientSpeed, Machine, ModelSpeed, gradient_speed, model_speed
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,30 @@ class PolicyMemory:
         """Gradients, master weights and moments in the host's memory (megatron-core `HybridDeviceOptimizer`)."""
         return self.stepped_parameters(stage) * 4 * FP32_BYTES if self.optimizer.offload_to_host else 0
 
+    @property
+    def speed(self) -> tuple[ModelSpeed, GradientSpeed]:
+        """What is on where layers of this spec run."""
+        machine = Machine(self.spec == "te", self.spec == "te")
+        return model_speed(self.parallel, machine), gradient_speed(self.parallel, self.optimizer, machine)
+
+    @property
+    def placeholders(self) -> int:
+        """What autograd is given in place of gradients that are added to their sums already, one for each matrix of a layer.
+
+        Transformer Engine keeps them by their shapes, for all layers and models (`get_dummy_wgrad`).
+        """
+        shape, tp = self.shape, self.topology.tp
+        if not self.speed[1].gradient_accumulation_fusion:
+            return 0
+        heads = shape.num_heads * shape.head_dim
+        widths = {
+            ((heads + 2 * shape.num_kv_heads * shape.head_dim) // tp, shape.hidden_size),
+            (shape.hidden_size, heads // tp),
+            (2 * shape.ffn_size // tp, shape.hidden_size),
+            (shape.hidden_size, shape.ffn_size // tp),
+        }
+        return sum(rows * columns for rows, columns in widths) * self.form.itemsize
+
     def stepped_parameters(self, stage: int) -> int:
         """Parameters whose optimizer step this rank takes."""
         copies = self.topology.dp * self.topology.cp  # context-parallel ranks hold the same weights
@@ -82,6 +107,7 @@ class PolicyMemory:
             sequence_parallel=self.parallel.sequence_parallel,
             form=self.form,
             spec=self.spec,
+            is_fused=bool(self.speed[0].swiglu_fusion),
         )
 
     @property

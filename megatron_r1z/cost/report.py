@@ -16,6 +16,7 @@ from megatron_r1z.cost.search import changes
 from megatron_r1z.layout.families import ModelShape, hf_tensors
 from megatron_r1z.layout.plan import Edge
 from megatron_r1z.record.tables import align
+from megatron_r1z.speed import Choice, choices
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,23 @@ class Report:
             "memory": [_memory_tree(rank) for rank in cost.ranks],
             "host_bytes": cost.host_bytes,
             "cache": {
+                "bytes": cost.engine.cache_bytes,
                 "bytes_per_token": cost.engine.cache_bytes_per_token,
                 "tokens": cost.engine.cache_tokens,
                 "longest_sequences": cost.engine.concurrent(cost.config.max_model_tokens),
             },
+            "speed": {name: {"on": choice.is_on, "why": choice.reason} for name, choice in _speed(cost).items()},
             "refit": [part.to_tree() for part in cost.refit.parts],
             "planning_s": self.planning_s,
         }
         if cost.cluster is not None:
             tree |= {"time": _time_tree(cost, self.iterations), "shortfall": cost.shortfall()}
         return tree
+
+
+def _speed(cost: RunCost) -> dict[str, Choice]:
+    """What the settings for speed come to, on a GPU with all libraries."""
+    return choices(*cost.policy.speed, cost.engine_speed)
 
 
 def num_parameters(shape: ModelShape) -> int:
@@ -147,10 +155,17 @@ def _engine_lines(cost: RunCost) -> list[str]:
     engine, refit, config = cost.engine, cost.refit, cost.config
     longest, mean = engine.concurrent(config.max_model_tokens), engine.concurrent(cost.lengths.total)
     edges = ", ".join(f"{edge.value} {in_units(refit.nbytes(edge))}" for edge in Edge)
+    size = "" if config.rollout.kv_cache_bytes != "auto" else f"auto: {_gib(engine.cache_bytes)} GiB, "
+    if size and cost.cluster is None:
+        size = f"auto, of which a cluster decides: {_gib(engine.cache_bytes)} GiB, "
+    found = _speed(cost)
+    off = [f"{name} ({choice.reason})" for name, choice in found.items() if not choice]
     return [
-        f"KV cache  {engine.cache_tokens:,} tokens in an engine: {longest} sequences of {config.max_model_tokens} tokens, {mean} of "
+        f"KV cache  {size}{engine.cache_tokens:,} tokens in an engine: {longest} sequences of {config.max_model_tokens} tokens, {mean} of "
         f"{cost.lengths.total:.0f} (at most {engine.rollout.max_concurrent_sequences}: rollout.max_concurrent_sequences)",
         f"refit     {edges}; {refit.num_rounds} rounds",
+        f"speed     on: {', '.join(name for name, choice in found.items() if choice) or 'nothing'}",
+        *([f"          off: {', '.join(off)}"] if off else []),
     ]
 
 
@@ -174,11 +189,17 @@ def _phases(cost: RunCost) -> list[tuple[str, float, str]]:
     return [
         *rows,
         ("update", passes.total, f"{counts}; {spent}"),
-        ("gradients", time.gradient_sum, "summed over data-parallel ranks"),
+        ("gradients", time.gradient_sum, f"summed over data-parallel ranks{_hidden(cost)}"),
         ("optimizer", time.optimizer, "on the host" if cost.config.optimizer.offload_to_host else "in device memory"),
         *([("critic", time.critic, "values of all samples, then the same steps")] if cost.critic else []),
         ("refit", time.refit, "with the digests of both sides"),
     ]
+
+
+def _hidden(cost: RunCost) -> str:
+    """What of it passes does not show."""
+    share = 1 - cost.update_time.gradient_sum() / whole if (whole := cost.update_time.whole_gradient_sum()) else 0.0
+    return f", {share:.0%} of it during passes" if share >= 0.005 else ""
 
 
 def _rollout_words(rollout: Rollout) -> str:
@@ -273,7 +294,7 @@ def _search_row(cost: RunCost) -> tuple[str, ...]:
         config.parallel.recompute,
         str(config.parallel.micro_batch_tokens),
         f"{config.parallel.num_ranks // cost.engine.tp} x tp{cost.engine.tp}",
-        f"{config.rollout.kv_cache_bytes / GIB:.0f} GiB",
+        f"{cost.engine.cache_bytes / GIB:.0f} GiB",
         f"{cost.fullest.peak / GIB:.1f}",
         f"{_digits(time.rollout.total)} s",
         f"{_digits(time.update + time.critic + (time.logprobs.total if time.logprobs else 0.0))} s",

@@ -21,6 +21,7 @@ from megatron_r1z.cost.engine_memory import EngineMemory
 from megatron_r1z.cost.formats import NumberFormat, engine_format
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.layout.families import ModelShape
+from megatron_r1z.speed import GPU_MACHINE, EngineSpeed, engine_speed
 
 SLICES = 200
 """Parts of the generation budget over which a drain is added up."""
@@ -123,7 +124,8 @@ class RolloutTime:
         link = self.cluster.group_gbs(tp) * 1e9 * assumed.link_share
         reduce = assumed.small_collective_us * 1e-6 + 2 * hidden * (tp - 1) / tp / link
         tensor_parallel = 2 * self.shape.num_layers * reduce if tp > 1 else 0.0
-        host = (assumed.engine_step_us + assumed.engine_sequence_us * sequences) * 1e-6
+        launches = 0.0 if self._speed.cuda_graphs else assumed.eager_layer_us * self.shape.num_layers
+        host = (assumed.engine_step_us + assumed.engine_sequence_us * sequences + launches) * 1e-6
         if compute > weights + cache:
             return Decode(0.0, 0.0, compute, tensor_parallel, host)
         return Decode(weights, cache, 0.0, tensor_parallel, host)
@@ -136,12 +138,17 @@ class RolloutTime:
         return self.memory.weights - embedding
 
     def _prefill(self) -> float:
-        """Every prompt once: the samples of a group share its keys and values (vLLM's prefix cache)."""
+        """Every prompt, once if the samples of a group share its keys and values (vLLM's prefix cache)."""
         rollout = self.config.rollout
         prompt = sample_flops(self.shape, Lengths(self.lengths.prompt, 1, rollout.max_response_tokens))
-        prompts = rollout.prompts_per_iteration / self.num_engines
+        asked = rollout.prompts_per_iteration if self._speed.prefix_caching else rollout.samples_per_iteration
+        prompts = asked / self.num_engines
         work = prompt.layer.times(prompts * self.shape.num_layers / self.memory.tp)
         return work.seconds(self._form, self.cluster.gpu, self.assumptions.compute_share)
+
+    @property
+    def _speed(self) -> EngineSpeed:
+        return engine_speed(self.config.rollout, self.config.max_model_tokens, GPU_MACHINE)
 
     @property
     def _form(self) -> NumberFormat:

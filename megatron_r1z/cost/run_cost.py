@@ -13,7 +13,7 @@ from megatron_r1z.cost.assumptions import DEFAULT, Assumptions
 from megatron_r1z.cost.cluster import GIB, Cluster
 from megatron_r1z.cost.compute import sample_flops
 from megatron_r1z.cost.critic import CriticMemory, flops_shape
-from megatron_r1z.cost.engine_memory import BATCH_TOKENS, SMALL_BATCH_TOKENS, SMALL_GIB, EngineMemory
+from megatron_r1z.cost.engine_memory import EngineMemory
 from megatron_r1z.cost.formats import FP32_BYTES, engine_format, fp8_share, policy_format
 from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.cost.memory import RankMemory, rank_memory
@@ -26,6 +26,7 @@ from megatron_r1z.layout.blocks import POLICY_VOCAB_MULTIPLE, Layout, engine_lay
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.fp8 import by_format, fp8_matrices
 from megatron_r1z.layout.plan import DEFAULT_RANKS_PER_NODE, DEFAULT_ROUND_BYTES, LIVE_ROUNDS, Edge, make_plan
+from megatron_r1z.speed import CPU_CACHE_BYTES, GPU_MACHINE, EngineSpeed, batched_tokens, engine_speed
 
 Memory = TypeVar("Memory", PolicyMemory, CriticMemory)
 
@@ -122,11 +123,41 @@ class RunCost:
 
     @cached_property
     def engine(self) -> EngineMemory:
-        """Memory of the engine."""
+        """Memory of the engine; without a cluster there is no memory to fill, and `auto` is what a CPU gets."""
+        asked = self.config.rollout.kv_cache_bytes
+        if asked != "auto":
+            return self._engine(asked)
+        return self._engine(CPU_CACHE_BYTES if self.cluster is None else self.cache_beside(round(self.cluster.gpu.memory_gib * GIB)))
+
+    def cache_beside(self, device_bytes: int, outside_bytes: int = 0) -> int:
+        """The key-value cache that the fullest moment of an iteration leaves of a device.
+
+        Args:
+            device_bytes: of its memory.
+            outside_bytes: of them, what no tensor of ours takes; where it is more than what is reserved for that, it counts instead.
+        """
+        reserved = max(int(self.assumptions.reserved_gib * GIB), outside_bytes)
+        engine = self._engine(0)
+        ranks = rank_memory(self.policy, self.critic, engine, self.fp8_share, self._most_buffer_bytes, self._graph_bytes, reserved)
+        return engine.cache_for(device_bytes - max(rank.peak for rank in ranks))
+
+    def _engine(self, cache_bytes: int) -> EngineMemory:
         form = engine_format(self.config.precision, self.fp8_share)
-        is_small = self.cluster is not None and self.cluster.gpu.memory_gib < SMALL_GIB
-        tokens = SMALL_BATCH_TOKENS if is_small else BATCH_TOKENS
-        return EngineMemory(self.shape, self.config.rollout, form, self.config.max_model_tokens, tokens)
+        tokens = batched_tokens(self.config.rollout, self.cluster.gpu.memory_gib if self.cluster is not None else math.inf)
+        return EngineMemory(self.shape, self.config.rollout, form, self.config.max_model_tokens, cache_bytes, tokens)
+
+    @property
+    def engine_speed(self) -> EngineSpeed:
+        """What is on in the engine."""
+        return engine_speed(self.config.rollout, self.config.max_model_tokens, GPU_MACHINE)
+
+    @property
+    def _graph_bytes(self) -> int:
+        return int(self.assumptions.cuda_graphs_gib * GIB) if self.engine_speed.cuda_graphs else 0
+
+    @property
+    def _most_buffer_bytes(self) -> int:
+        return MAX_BUFFER_BYTES * (3 if self.config.precision.engine == "fp8" else 1)
 
     @cached_property
     def fp8_share(self) -> float:
@@ -140,8 +171,9 @@ class RunCost:
     @cached_property
     def ranks(self) -> tuple[RankMemory, ...]:
         """Memory of a rank of each pipeline stage."""
-        buffers = self.refit.buffer_bytes if self.plans_refit else MAX_BUFFER_BYTES * (3 if self.engine.form.is_fp8 else 1)
-        return rank_memory(self.policy, self.critic, self.engine, self.fp8_share, buffers, int(self.assumptions.reserved_gib * GIB))
+        buffers = self.refit.buffer_bytes if self.plans_refit else self._most_buffer_bytes
+        reserved = int(self.assumptions.reserved_gib * GIB)
+        return rank_memory(self.policy, self.critic, self.engine, self.fp8_share, buffers, self._graph_bytes, reserved)
 
     @property
     def fullest(self) -> RankMemory:

@@ -14,6 +14,7 @@ from typing import get_args
 from megatron_r1z.config import OptimizerConfig, ParallelConfig, Recompute, RolloutConfig, TrainConfig, to_tree
 from megatron_r1z.cost.checks import check_precision
 from megatron_r1z.cost.cluster import GIB, Cluster
+from megatron_r1z.cost.engine_memory import CACHE_UNIT
 from megatron_r1z.cost.run_cost import RunCost
 from megatron_r1z.errors import ConfigError
 from megatron_r1z.layout.families import ModelShape
@@ -23,8 +24,6 @@ SHOWN = 8
 MOST_STAGES = 32
 CONTEXT_SIZES = (1, 2, 4, 8)
 """Context-parallel sizes for a run that does not fit with its own."""
-CACHE_UNIT = GIB // 4
-"""A key-value cache that is made to fit is so many of these."""
 MOST_RANKS = 4096
 """Where the search for enough ranks ends."""
 
@@ -151,7 +150,9 @@ def _with_cache(cost: RunCost) -> RunCost | None:
     room = int(_cluster(cost).gpu.memory_gib * GIB) - needed
     if room >= 0:
         return cost
-    left = (cost.config.rollout.kv_cache_bytes + room) // CACHE_UNIT * CACHE_UNIT
+    if cost.config.rollout.kv_cache_bytes == "auto":
+        return None  # as small as it can be
+    left = (cost.engine.cache_bytes + room) // CACHE_UNIT * CACHE_UNIT
     if left < cost.engine.cache_bytes_per_token * cost.config.max_model_tokens:
         return None
     rollout = dataclasses.replace(cost.config.rollout, kv_cache_bytes=left)

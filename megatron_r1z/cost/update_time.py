@@ -2,7 +2,8 @@
 
 A step of m micro-batches on p pipeline stages takes m + (p - 1) / v turns of the slowest stage (v model chunks each; Narayanan et al.,
 arXiv 2104.04473, section 2.2). A turn is arithmetic at an assumed share of the peak, the collectives of tensor parallelism, and the
-exchange with the next stage; none of them overlap, as the policy turns no overlap on (`policy/model.py`, `policy/optimizer.py`).
+exchange with the next stage, one after the other but for what `speed.py` has overlap: an exchange hides behind the arithmetic of a chunk,
+the sum of gradients behind the last backward pass of a step, and the fetching of weights behind the first forward pass of the next step.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from megatron_r1z.layout.topology import Topology
 STEP_BYTES = 7 * FP32_BYTES
 """Read and written for one parameter by an optimizer step besides the weight: gradient, master weight and two moments, all but the first
 twice."""
+
+BACKWARD_SHARE = 2 / 3
+"""Of the arithmetic of a micro-batch."""
 
 
 class Turn(NamedTuple):
@@ -129,7 +133,10 @@ class UpdateTime:
         turns = [self._turn(stage, kind) for stage in range(self.topology.pp)]
         slowest = max(turns, key=lambda turn: turn.total)
         bubble = slowest.total * (self.topology.pp - 1) / self.topology.vpp
-        compute, tensor, context, exchange = (seconds * self.micro_batches for seconds in slowest)
+        shown = slowest
+        if self.memory.speed[0].overlap_p2p_comm:  # while the pipeline fills and drains there is nothing to hide behind
+            shown = slowest._replace(exchange=max(0.0, slowest.exchange - slowest.compute))
+        compute, tensor, context, exchange = (seconds * self.micro_batches for seconds in shown)
         return Passes(compute, tensor, context, exchange, bubble)
 
     def _turn(self, stage: int, kind: _Kind) -> Turn:
@@ -158,12 +165,28 @@ class UpdateTime:
         return gbs * 1e9 * self.assumptions.link_share
 
     def gradient_sum(self) -> float:
-        """Float32 gradients over data-parallel and context-parallel ranks and, with the distributed optimizer, the new weights back."""
+        """What a step waits for of it, on average over the steps of an iteration, whose last step hides no weights: a refit follows."""
+        there, back = self._ways()
+        speed, turn = self.memory.speed[1], self.passes().compute / self.micro_batches
+        if not self.config.optimizer.distributed:
+            there, back = there + back, 0.0  # one all-reduce
+        if speed.overlap_grad_reduce:
+            there = max(0.0, there - turn * BACKWARD_SHARE)
+        steps = max(1, self.config.rollout.samples_per_iteration // self.config.algorithm.train_batch_size)
+        hidden = min(back, turn * (1 - BACKWARD_SHARE)) * (steps - 1) / steps if speed.overlap_param_gather else 0.0
+        return there + back - hidden
+
+    def whole_gradient_sum(self) -> float:
+        """All of it: gradients over data-parallel and context-parallel ranks, and sums or stepped weights back."""
+        return sum(self._ways())
+
+    def _ways(self) -> tuple[float, float]:
+        """Float32 gradients there; back comes the other half of an all-reduce or, with the distributed optimizer, new weights."""
         topology, parameters = self.topology, max(item.total for item in self.memory.parameters)
-        back = self._itemsize if self.config.optimizer.distributed else FP32_BYTES  # all-gather after the reduce-scatter
+        back = self._itemsize if self.config.optimizer.distributed else FP32_BYTES
         copies = topology.dp * topology.cp
-        nbytes = parameters * (FP32_BYTES + back) * (copies - 1) / copies
-        return nbytes / self._speed(self.cluster.group_gbs(copies, stride=topology.tp))
+        crossing = parameters * (copies - 1) / copies / self._speed(self.cluster.group_gbs(copies, stride=topology.tp))
+        return crossing * FP32_BYTES, crossing * back
 
     def optimizer(self) -> float:
         """AdamW on the device or, offloaded, the way to the host, the step there and the way back."""

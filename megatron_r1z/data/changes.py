@@ -24,6 +24,7 @@ from megatron_r1z.weights.resume_point import holds_checkpoints
 WITHOUT_EFFECT = (
     *("parallel", "logging", "checkpoint", "grading.workers"),
     *("rollout.tensor_parallel_size", "rollout.kv_cache_bytes", "rollout.max_concurrent_sequences", "rollout.refit"),
+    *("rollout.max_num_batched_tokens", "rollout.enforce_eager", "rollout.enable_prefix_caching"),
 )
 """What decides where and how fast a number is computed, and no number beyond rounding. A section stands for all of its fields."""
 BY_CONTENTS = ("model.path", "model.checkpoint", "data.train", "data.shots_path", "corpus.sources")

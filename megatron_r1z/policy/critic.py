@@ -123,7 +123,7 @@ def _micro_batch_loss(batch: MicroBatch, value_clip: float, values_R: Tensor) ->
         "squared_error": (returns - values) ** 2,
     }
     sums = torch.stack([by_name[field.name].double().sum() for field in fields(ValueSums)])
-    denominator = torch.tensor(batch.denominator, dtype=torch.int, device=values.device)
+    denominator = torch.full((), batch.denominator, dtype=torch.int, device=values.device)  # a copy from the host would wait
     return losses_R.sum(), denominator, _Tallies(batch, sums, losses_R.detach())
 
 

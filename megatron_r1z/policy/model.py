@@ -30,6 +30,7 @@ from megatron_r1z.packing import MicroBatch
 from megatron_r1z.policy.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_r1z.policy.local_layers import PackedAttention, RMSNorm
 from megatron_r1z.policy.logprob import vocab_parallel_logprobs
+from megatron_r1z.speed import Machine, model_speed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXTRA_STATE = "_extra_state"
@@ -138,6 +139,11 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and transformer_engine_version() is not None
 
 
+def this_machine() -> Machine:
+    """What decides about settings for speed here."""
+    return Machine(torch.cuda.is_available(), has_transformer_engine())
+
+
 def build_chunks(
     kind: type[Chunk], shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, padded_vocab_size: int
 ) -> list[Chunk]:
@@ -152,7 +158,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
     """Megatron's description of the model and how it is split. Of FP8 it knows where Transformer Engine computes it."""
     dtype = DTYPES[precision.policy_format]
     fp8 = megatron_fields(precision.fp8) if precision.policy == "fp8" and has_transformer_engine() else {}
-    virtual = parallel.virtual_pipeline_size
+    virtual, speed = parallel.virtual_pipeline_size, model_speed(parallel, this_machine())
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -179,12 +185,12 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, precision: P
         pipeline_model_parallel_layout=_pipeline_layout(parallel.pipeline_layers),
         sequence_parallel=parallel.sequence_parallel,
         batch_p2p_comm=False,
-        overlap_p2p_comm=False,
+        overlap_p2p_comm=bool(speed.overlap_p2p_comm),
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # of Transformer Engine's layers alone: `optimizer.wrap_chunks`
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=bool(speed.swiglu_fusion),
         bias_dropout_fusion=False,
         apply_rope_fusion=has_transformer_engine(),
         persist_layer_norm=False,

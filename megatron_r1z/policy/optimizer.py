@@ -10,25 +10,72 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_r1z.config import OptimizerConfig
 from megatron_r1z.policy.model import ResponseModel
+from megatron_r1z.speed import GradientSpeed
 
 ENDLESS_STEPS = 1 << 40
 """Decay steps of the constant schedule, which never gets there."""
 
 
-def wrap_chunks(chunks: Sequence[ResponseModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: Sequence[ResponseModel], config: OptimizerConfig, speed: GradientSpeed) -> list[DistributedDataParallel]:
     """Give every chunk float32 gradient buffers that are summed, never averaged, over data-parallel ranks.
 
     The weights must be in place: the distributed optimizer moves them into its own buffers.
     """
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed)
-    return [
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=bool(speed.overlap_grad_reduce),
+        overlap_param_gather=bool(speed.overlap_param_gather),
+    )
+    wrapped = [
         DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    for model in wrapped:
+        if speed.gradient_accumulation_fusion:
+            _fuse_accumulation(model)
+        if speed.overlap_param_gather and model.module.post_process:
+            _await_head(model)
+    if speed.overlap_grad_reduce:
+        only_last = [model.no_sync for model in wrapped]
+        chunks[0].config.no_sync_func = only_last if len(only_last) > 1 else only_last[0]  # one configuration for all chunks
+    return wrapped
+
+
+def _fuse_accumulation(model: DistributedDataParallel) -> None:
+    """Have Transformer Engine's layers add to the buffers, which are there now.
+
+    By their own attribute: the field of megatron-core's configuration would have its embedding and output layer ask for apex.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def _await_head(model: DistributedDataParallel) -> None:
+    """Wait for the output layer's weights behind the decoder: the head takes them without calling the layer, whose hook would wait."""
+    head = [weight for weight in model.module.output_layer.parameters() if weight in model.param_to_bucket_group]
+
+    def wait(*_arguments: object) -> None:
+        for weight in head:
+            model.param_to_bucket_group[weight].finish_param_sync()
+
+    model.module.decoder.register_forward_hook(wait)
+
+
+def complete_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Have all of this rank's weights in place where the last step left some to be fetched later; all ranks that share them call this."""
+    groups = [group for chunk in chunks for group in chunk.bucket_groups if chunk.ddp_config.overlap_param_gather]
+    for group in groups:
+        if not group.param_gather_dispatched:
+            group.start_param_sync()
+    for group in groups:
+        group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], config: OptimizerConfig) -> MegatronOptimizer:
@@ -51,6 +98,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Optimizer
             optimizer_cpu_offload=config.offload_to_host,
             optimizer_offload_fraction=float(config.offload_to_host),
             use_precision_aware_optimizer=config.offload_to_host,  # whose code path Megatron's offload takes
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         ),
         list(chunks),
     )
@@ -67,6 +115,20 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     norm = torch.where(norm.isfinite(), norm, math.inf)  # a maximum may lose a nan
     dist.all_reduce(norm, op=dist.ReduceOp.MAX)
     return norm.item()
+
+
+def step_along(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip the gradient, of which `gradient_norm` gave the norm, and step: `optimizer.step()` without the norm a second time."""
+    for part in optimizer.chained_optimizers:
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig) -> OptimizerParamScheduler:

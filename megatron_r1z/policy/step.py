@@ -125,7 +125,7 @@ def _micro_batch_loss(loss: Loss, work: Work, output_2R: Tensor) -> tuple[Tensor
     old = logprobs.detach() if work.old_logprobs_R is None else work.old_logprobs_R
     terms = loss.terms(PolicyTokens(logprobs, entropy, old, work.reference_logprobs_R), work.batch)
     total = terms.losses_R.sum()
-    denominator = torch.tensor(work.batch.denominator, dtype=torch.int, device=total.device)
+    denominator = torch.full((), work.batch.denominator, dtype=torch.int, device=total.device)  # a copy from the host would wait
     return total, denominator, _tally(work.batch, terms, entropy.detach(), logprobs.detach(), old)
 
 

@@ -17,9 +17,10 @@ from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.policy.cpu import megatron_device, release_free_memory
 from megatron_r1z.policy.fp8_state import check_same_number
-from megatron_r1z.policy.model import EXTRA_STATE, ResponseModel
-from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_chunks
+from megatron_r1z.policy.model import EXTRA_STATE, ResponseModel, this_machine
+from megatron_r1z.policy.optimizer import build_optimizer, build_schedule, complete_weights, gradient_norm, step_along, wrap_chunks
 from megatron_r1z.policy.parallel import device
+from megatron_r1z.speed import gradient_speed
 
 CRITIC_PREFIX = "critic."
 """Of the names that a checkpoint has the critic's tensors under."""
@@ -67,9 +68,14 @@ class TrainedModel:
         self.topology = topology
         self._settings = settings
         self._bare = list(chunks)
+        self._wrapped: list[DistributedDataParallel] = []
 
     def parameters(self) -> dict[str, Tensor]:
-        """This rank's weights by the names of the Megatron layout, without gradient history; writing into them changes the model."""
+        """This rank's weights by the names of the Megatron layout, without gradient history; writing into them changes the model.
+
+        All ranks call this: a step may have left weights that are still to be fetched from others.
+        """
+        self._complete()
         return {
             f"chunks.{index}.{name}": tensor.data for index, chunk in enumerate(self._bare) for name, tensor in chunk.named_parameters()
         }
@@ -78,7 +84,7 @@ class TrainedModel:
         """The chunks with gradient buffers. `has_moments` then tells whether a step was ever taken, here or before a resume."""
         self._optimizer_config = config
         self.has_moments = False
-        self._wrapped = wrap_chunks(self._bare, config)
+        self._wrapped = wrap_chunks(self._bare, config, gradient_speed(self._settings.parallel, config, this_machine()))
         self.optimizer = build_optimizer(self._wrapped, config)
         self.schedule = build_schedule(self.optimizer, config)
         for chunk in self._wrapped:
@@ -99,11 +105,15 @@ class TrainedModel:
         grad_norm = gradient_norm(self.optimizer)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if is_finite:
-            self.optimizer.step()
+            step_along(self.optimizer, grad_norm)
             self.has_moments = True
             self.schedule.step(increment=1)
         release_free_memory()
         return Taken(grad_norm, float(learning_rate or 0.0), skipped=not is_finite)
+
+    @megatron_device()
+    def _complete(self) -> None:
+        complete_weights(self._wrapped)
 
     def check_passes(self, num_micro_batches: int) -> None:
         """Under FP8 all ranks must have as many."""
@@ -113,6 +123,7 @@ class TrainedModel:
     @megatron_device()
     def sharded_weights(self) -> dict[str, Any]:
         """The weights for Megatron's distributed checkpoint, one entry per model chunk."""
+        self._complete()
         return {f"model{index}": chunk.sharded_state_dict(prefix="") for index, chunk in enumerate(self._bare)}
 
     @megatron_device()

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_r1z.config import TrainConfig, load_config
+from megatron_r1z.cost.cache import cache_beside
 from megatron_r1z.cost.engine_memory import EngineMemory
 from megatron_r1z.cost.formats import engine_format, fp8_share
 from megatron_r1z.cost.memory import REFIT_WORK_BYTES
@@ -28,6 +29,7 @@ from megatron_r1z.rehearse.native import load_libraries
 from megatron_r1z.rehearse.policy_role import heard, run_role
 from megatron_r1z.rehearse.roles import Found, Phase, Task
 from megatron_r1z.rehearse.versions import check_versions
+from megatron_r1z.speed import GPU_MACHINE, engine_speed
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """What config.json of these families calls its model."""
@@ -74,7 +76,7 @@ def _play(task: Task, config: TrainConfig, folder: Path) -> dict[str, Any]:
     from megatron_r1z.rollout.vllm_engine import EngineSettings, engine_arguments
 
     shape, tp, start = find_shape(config.model.path).shape, config.rollout.tensor_parallel_size, time.monotonic()
-    matrices = _matrices(config, shape)
+    matrices, cache_bytes = _matrices(config, shape), config.rollout.kv_cache_bytes
     settings = EngineSettings(
         model_folder=_model_folder(config.model.path, folder),
         dtype=config.precision.engine_format,
@@ -83,8 +85,9 @@ def _play(task: Task, config: TrainConfig, folder: Path) -> dict[str, Any]:
         tensor_parallel_size=tp,
         max_model_tokens=config.max_model_tokens,
         max_concurrent_sequences=config.rollout.max_concurrent_sequences,
-        kv_cache_bytes=config.rollout.kv_cache_bytes,
+        kv_cache_bytes=cache_bytes if cache_bytes != "auto" else cache_beside(config, shape, task.memory_bytes, 0),
         seed=config.rollout.seed,
+        speed=engine_speed(config.rollout, config.max_model_tokens, GPU_MACHINE),
         not_in_fp8=tuple(modules_to_not_convert(shape, matrices)) if config.precision.engine == "fp8" else None,
     )
     arguments = engine_arguments(settings)

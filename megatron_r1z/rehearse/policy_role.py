@@ -48,9 +48,11 @@ def _pretend(task: Task) -> None:
 
     pretend_device(Device(task.gpu, task.memory_bytes, task.capability, task.gpus_per_node))
     pretend_groups()
+    from megatron_r1z.rehearse import kernels
     from megatron_r1z.rehearse.engine_module import import_transformer_engine
 
     import_transformer_engine()
+    kernels.pretend_compiled()
 
 
 def _play(task: Task, said: list[str]) -> Found:
@@ -99,6 +101,7 @@ def _play(task: Task, said: list[str]) -> Found:
             "responses": batch.micro_batches[0].targets_R.numel(),
             "micro_batches": len(batch.micro_batches),
             "optimizer_entries": entries,
+            "speed": _speed(policy),
             "operations": live.num_operations,
         }
     stage = topology.coordinates(task.rank).pp_rank
@@ -146,6 +149,18 @@ def _take_steps(policy: Any, critic: Any, batch: Any, phases: _Phases) -> None:
     if critic is not None:
         critic.update(batch)
         phases.end(CRITIC_UPDATE)
+
+
+def _speed(policy: Any) -> dict[str, Any]:
+    """Which settings for speed the first chunk has."""
+    chunk = policy.model.chunks[0]
+    return {
+        "overlap_grad_reduce": chunk.ddp_config.overlap_grad_reduce,
+        "overlap_param_gather": chunk.ddp_config.overlap_param_gather,
+        "no_sync": chunk.config.no_sync_func is not None,
+        "fused_layers": sum(bool(getattr(module, "fuse_wgrad_accumulation", False)) for module in chunk.modules()),
+        "parts": len(chunk.bucket_groups),
+    }
 
 
 def _compare_layout(config: TrainConfig, shape: ModelShape, rank: int, live: Any) -> tuple[tuple[str, ...], int]:
@@ -199,8 +214,11 @@ def planned_bytes(config: TrainConfig, shape: ModelShape, stage: int, batch: Bat
     policy, critic = PolicyMemory(*parts), CriticMemory(*parts) if config.algorithm.has_critic else None
     models = [policy] if critic is None else [policy, critic]
     statics = sum(model.weights(stage) + model.gradients(stage) + model.optimizer_state(stage) for model in models)
-    found = {"log-probs": statics + max(model.logprobs(stage) for model in models), LAST_UPDATE: statics + policy.update(stage)}
-    return found if critic is None else found | {CRITIC_UPDATE: statics + critic.update(stage)}
+    found = {
+        "log-probs": statics + max(model.logprobs(stage) for model in models),
+        LAST_UPDATE: statics + policy.placeholders + policy.update(stage),
+    }
+    return found if critic is None else found | {CRITIC_UPDATE: statics + critic.placeholders + critic.update(stage)}
 
 
 def _with_plan(phase: Phase, planned: dict[str, int]) -> Phase:

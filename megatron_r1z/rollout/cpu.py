@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from megatron_r1z.speed import CPU_BATCHED_TOKENS
+
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 """The engine lives in the rank's process and says nothing but errors."""
 GPU_MEMORY_UTILIZATION = 0.01
@@ -74,7 +76,7 @@ def prepare_engine(max_model_tokens: int) -> dict[str, Any]:
     return {
         "distributed_executor_backend": _rank_executor(),
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(max_model_tokens, 32768),
+        "max_num_batched_tokens": max(max_model_tokens, CPU_BATCHED_TOKENS),
         "enforce_eager": True,
     }
 

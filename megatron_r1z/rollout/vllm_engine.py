@@ -21,6 +21,7 @@ from megatron_r1z.host.segments import record_segments
 from megatron_r1z.layout.fp8 import quantization_config
 from megatron_r1z.protocols import Result, Sampling
 from megatron_r1z.rollout.cpu import prepare_engine, prepare_import
+from megatron_r1z.speed import EngineSpeed
 from megatron_r1z.types import FinishReason, Group, Prompt, Response
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class EngineSettings:
     max_concurrent_sequences: int
     kv_cache_bytes: int
     seed: int
+    speed: EngineSpeed
     not_in_fp8: tuple[str, ...] | None = None
     """Linear layers that are not in block FP8 where all others are (`layout/fp8.modules_to_not_convert`); None: nothing is in FP8."""
 
@@ -184,7 +186,14 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "hf_overrides": HEAD | quantisation(settings.model_folder, settings.not_in_fp8),
         **prepare_engine(settings.max_model_tokens),
+        **speed_options(settings.speed),
     }
+
+
+def speed_options(speed: EngineSpeed) -> dict[str, Any]:
+    """What is on, in vLLM's words. Refits write weights where they are, so that CUDA graphs find them."""
+    options: dict[str, Any] = {"enforce_eager": not speed.cuda_graphs, "enable_prefix_caching": bool(speed.prefix_caching)}
+    return options if speed.max_num_batched_tokens is None else options | {"max_num_batched_tokens": speed.max_num_batched_tokens}
 
 
 def quantisation(model_folder: str, not_in_fp8: Sequence[str] | None) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from megatron_r1z.config import TrainConfig, load_config
+from megatron_r1z.config import SpeedConfig, TrainConfig, load_config
 from megatron_r1z.cost.activations import BatchSize
 from megatron_r1z.cost.formats import policy_format
 from megatron_r1z.cost.policy_memory import PolicyMemory
@@ -14,6 +16,7 @@ from megatron_r1z.rehearse.roles import Found, make_task, rehearse
 from megatron_r1z.rehearse.said import unexplained
 from tests.gpu_stack.conftest import H100, Rehearsed
 
+SLOW = [f"parallel.speed.{item.name}=false" for item in dataclasses.fields(SpeedConfig)]
 RUNS = {
     "70b first": ("llama3.1-70b-h100", 0),
     "70b last": ("llama3.1-70b-h100", 63),
@@ -28,6 +31,7 @@ RUNS = {
     "8b mxfp8": ("qwen3-8b-b200-fp8", 0, "precision.fp8.recipe=mxfp8"),
     "7b recomputed": ("qwen2.5-7b-h100", 0, "parallel.recompute=full"),
     "7b, four layers on the host": ("qwen2.5-7b-h100", 0, "parallel.recompute=none", "parallel.offload_layers=4"),
+    "7b without what is for speed": ("qwen2.5-7b-h100", 0, "parallel.recompute=none", *SLOW),
 }
 
 
@@ -59,7 +63,8 @@ def test_memory_is_what_plan_says(found: Found, request: pytest.FixtureRequest) 
     plan = PolicyMemory(find_shape(config.model.path).shape, config.parallel, config.optimizer, policy_format(config.precision), batch)
     stage = config.parallel.topology.coordinates(rank).pp_rank
     statics, (_, most) = phase(found, "update 1")[0], phase(found, "update 2")
-    assert plan.weights(stage) + plan.gradients(stage) + plan.optimizer_state(stage) == pytest.approx(statics, rel=0.01)
+    planned = plan.weights(stage) + plan.gradients(stage) + plan.optimizer_state(stage) + plan.placeholders
+    assert planned == pytest.approx(statics, rel=0.01)
     assert plan.update(stage) == pytest.approx(most - statics, rel=0.1)
 
 
@@ -100,6 +105,28 @@ def test_layers_on_the_host_take_less_of_the_device(rehearsed: Rehearsed) -> Non
         for more in ((), ("parallel.offload_layers=4",))
     ]
     assert most[0] - most[1] > 2 << 30
+
+
+def test_settings_for_speed_are_on(rehearsed: Rehearsed) -> None:
+    """Gradients are summed and weights fetched part by part, while layers run; the fused kernels are those that are called."""
+    fast, slow = (rehearsed("policy_role", *RUNS[name]) for name in ("7b without recompute", "7b without what is for speed"))
+    assert fast.kernels["swiglu_back"] > 0
+    assert "swiglu_back" not in slow.kernels
+    assert fast.figures["speed"] == {
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+        "no_sync": True,
+        "fused_layers": 4 * 28,
+        "parts": fast.figures["speed"]["parts"],
+    }
+    assert fast.figures["speed"]["parts"] > 10
+    assert slow.figures["speed"] == {
+        "overlap_grad_reduce": False,
+        "overlap_param_gather": False,
+        "no_sync": False,
+        "fused_layers": 0,
+        "parts": 1,
+    }
 
 
 def test_an_attention_that_keeps_scores_is_refused() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_r1z.config import ModelConfig, NumberFormat, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.config import ModelConfig, NumberFormat, OptimizerConfig, ParallelConfig, PrecisionConfig, RolloutConfig
 from megatron_r1z.fp8.blocks import quantise_weight
 from megatron_r1z.layout.blocks import box_slices, engine_layout, hf_layout, megatron_layout, padded_vocab_size
 from megatron_r1z.layout.families import ModelShape, hf_tensors, load_shape
@@ -26,6 +26,7 @@ from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import Refit
 from megatron_r1z.rollout.cpu import prepare_import
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_r1z.speed import Machine, engine_speed
 from megatron_r1z.types import Prompt, Sample
 from megatron_r1z.weights.initialise import random_weights
 
@@ -69,6 +70,7 @@ def main(model: Path, policy_format: str, tp: int, engine_tp: int, output: Path)
             max_concurrent_sequences=16,
             kv_cache_bytes=64 << 20,
             seed=5,
+            speed=engine_speed(RolloutConfig(), 128, Machine(False, False)),
             not_in_fp8=tuple(modules_to_not_convert(shape, matrices)),
         )
     )

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1z.config import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_r1z.config import ModelConfig, ParallelConfig, PrecisionConfig, RolloutConfig
 from megatron_r1z.data.templates import make_stops
 from megatron_r1z.data.tokenizer import load_tokenizer
 from megatron_r1z.errors import EngineError, RefitError
@@ -38,6 +38,7 @@ from megatron_r1z.reshard.links import Links, Seen
 from megatron_r1z.reshard.refit import Refit
 from megatron_r1z.rollout import vllm_engine
 from megatron_r1z.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_r1z.speed import Machine, engine_speed
 from megatron_r1z.types import FinishReason, Prompt
 from megatron_r1z.weights.export import save_hf
 from megatron_r1z.weights.initialise import random_weights
@@ -232,6 +233,7 @@ def make_engine(model: str, settings: Mapping[str, Any]) -> VllmEngine:
             max_concurrent_sequences=16,
             kv_cache_bytes=64 << 20,
             seed=5,
+            speed=engine_speed(RolloutConfig(), 256, Machine(False, False)),
         )
     )
 

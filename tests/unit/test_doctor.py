@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,7 +36,7 @@ def findings(found: Probe) -> dict[str, Finding]:
 def test_a_gpu_with_everything_needs_no_fallback() -> None:
     report = findings(HOPPER)
     assert report["GPU"].found == "8 x NVIDIA H100, compute capability 9.0"
-    assert {name: item.meaning for name, item in report.items() if item.meaning and not name.startswith("FP8")} == {}
+    assert {name: item.meaning for name, item in report.items() if item.meaning and not name.startswith(("FP8", "auto"))} == {}
     assert {name.removeprefix("FP8 "): item.found for name, item in report.items() if name.startswith("FP8")} == {
         "blockwise": "yes",
         "mxfp8": "no",
@@ -55,6 +56,18 @@ def test_a_cpu_is_told_each_fallback() -> None:
     assert report["nemo-run"].meaning == "start ranks with `train`, or with torchrun"
     assert report["FP8 blockwise"] == Finding("FP8 blockwise", "yes", "emulated in bf16 on the CPU")
     assert "it needs a GPU" in report["FP8 delayed"].meaning
+
+
+def test_what_auto_comes_to_is_told_with_its_reason() -> None:
+    """Of the machine; of a configuration what it must have besides."""
+    gpu, cpu = ({name: item for name, item in findings(found).items() if name.startswith("auto")} for found in (HOPPER, CPU))
+    assert {item.found for name, item in gpu.items() if name != "auto kv_cache_bytes"} == {"on"}
+    assert gpu["auto overlap_param_gather"].meaning == "with optimizer.distributed and several data-parallel ranks"
+    assert {name for name, item in cpu.items() if item.found == "on"} == {"auto prefix_caching"}
+    assert cpu["auto cuda_graphs"].meaning == "there is no GPU"
+    assert cpu["auto kv_cache_bytes"].found == "256 MiB"
+    without = findings(replace(HOPPER, transformer_engine=None))["auto gradient_accumulation_fusion"]
+    assert (without.found, without.meaning) == ("off", "there are no layers of Transformer Engine, which do it")
 
 
 def test_a_torch_for_gpus_that_sees_none() -> None:
@@ -93,7 +106,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found.gpu is None) == (not torch.cuda.is_available())
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
-    assert f"torch               {torch.__version__}" in output
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", output, re.MULTILINE)
     assert len(output.splitlines()) == len(diagnose(found))
 
 

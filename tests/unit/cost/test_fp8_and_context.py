@@ -128,7 +128,7 @@ def test_they_hold_the_same_weights_and_share_the_optimizer() -> None:
     one, four = context(1).policy, context(4).policy
     assert four.topology.dp == 2
     assert (four.weights(0), four.gradients(0), four.optimizer_state(0)) == (one.weights(0), one.gradients(0), one.optimizer_state(0))
-    assert context(4).update_time.gradient_sum() == context(1).update_time.gradient_sum()
+    assert context(4).update_time.whole_gradient_sum() == context(1).update_time.whole_gradient_sum()
 
 
 def test_they_share_the_arithmetic_and_pass_keys_and_values_round() -> None:
