@@ -126,7 +126,7 @@ def _planned(config: TrainConfig, shape: ModelShape) -> int:
     if config.precision.engine == "fp8":
         degrees = config.parallel.tensor_parallel_size, config.rollout.tensor_parallel_size
         share = fp8_share(shape, *degrees, config.precision.bf16_layers(shape.num_layers))
-    engine = EngineMemory(shape, config.rollout, engine_format(config.precision, share), config.max_model_tokens)
+    engine = EngineMemory(shape, config.rollout, engine_format(config.precision, share), config.max_model_tokens, 0)
     return engine.weights + engine.staging + REFIT_WORK_BYTES
 
 
