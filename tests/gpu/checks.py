@@ -37,6 +37,7 @@ from megatron_r1z.fp8.blocks import quantise_rows, quantise_weight
 from megatron_r1z.fp8.machine import read_facts, transformer_engine_version
 from megatron_r1z.fp8.recipes import machine_refusal
 from megatron_r1z.host.float32 import keep_float32
+from megatron_r1z.host.rank import die_with_parent
 from megatron_r1z.layout.families import ModelShape, hf_tensors
 from megatron_r1z.policy.fp8_state import delayed_states
 from megatron_r1z.types import Sample
@@ -613,6 +614,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 def main(checks: Mapping[str, Callable[..., None]], name: str, *arguments: str) -> int:
     """Status 0, 1, or `SKIPPED`; what Python was doing is shown shortly before the time is up."""
     if "R1Z_LIMIT_S" in os.environ:
+        die_with_parent(os.getppid())
         faulthandler.dump_traceback_later(max(1.0, float(os.environ["R1Z_LIMIT_S"]) - 2))
     try:
         checks[name](*arguments)

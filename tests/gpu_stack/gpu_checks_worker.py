@@ -23,7 +23,7 @@ def main(device: str) -> None:
     pretend_groups()
     import_transformer_engine()
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
     from megatron_r1z.layout.topology import Topology
     from megatron_r1z.policy import trained
@@ -31,8 +31,6 @@ def main(device: str) -> None:
     from tests.gpu import checks
 
     assert checks.layers() == "te"
-    start_world(0, 1)
-    start_megatron(Topology(1), seed=1)
     setattr(trained, "check_same_number", lambda *_arguments: None)  # noqa: B010  # compares numbers
     found: dict[str, object] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -47,6 +45,9 @@ def main(device: str) -> None:
                 data, scales = checks.kernel_bytes(values, is_weight=is_weight)
                 found["weight" if is_weight else "rows"] = [list(data.shape), list(scales.shape)]
             found["float32"] = list(checks.te_linear(weight_NK.float())(inputs_TK.float()).shape)
+            with unset_fake_temporarily():
+                start_world(0, 1)
+                start_megatron(Topology(1), seed=1)
             policy = checks.make_policy(checks.SHAPES["llama"], "fp8-delayed")
             samples = checks.draw_samples(311)
             checks.take_steps(policy, samples, 1)
