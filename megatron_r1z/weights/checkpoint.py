@@ -38,7 +38,7 @@ from megatron_r1z.policy.trained import CRITIC_PREFIX
 from megatron_r1z.ranks import broadcast, decide, gather
 from megatron_r1z.weights.folders import STATE_FILE, WEIGHTS_FILE
 from megatron_r1z.weights.hf_files import replace_folder, sync, sync_entries
-from megatron_r1z.weights.resume_point import POINTER, ResumePoint, find_resume_point, steps_of, way_on
+from megatron_r1z.weights.resume_point import POINTER, ResumePoint, damage_of, find_resume_point, steps_of, way_on
 
 if TYPE_CHECKING:
     from megatron_r1z.policy.critic import MegatronCritic
@@ -194,7 +194,7 @@ def _save(target: Path, sharded: dict[str, Any], last_file: str, content: Mappin
     """Write what `sharded` describes and, last, a JSON file that says that it is complete; then give the folder its name.
 
     Raises:
-        ExportError: on every rank, when one of them could not write.
+        ExportError: on every rank, when one of them could not write, or wrote where rank 0 does not see it.
     """
     partial = target.with_name(f"{target.name}.partial")
     if dist.get_rank() == 0:
@@ -209,10 +209,19 @@ def _save(target: Path, sharded: dict[str, Any], last_file: str, content: Mappin
         reasons = broadcast([str(reason) for reason, _ in error.failures.values()])
         raise ExportError(f"cannot write {partial}: {reasons[0]}; make room there or name another folder.") from error
     dist.barrier()
-    if dist.get_rank() == 0:
-        (partial / last_file).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        replace_folder(partial, target)
-    dist.barrier()
+    decide(lambda: _complete(partial, target, last_file, content))
+
+
+def _complete(partial: Path, target: Path, last_file: str, content: Mapping[str, Any]) -> None:
+    """Give a folder its name once every file that its metadata names is there, of its length."""
+    (partial / last_file).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    wrong = damage_of(partial)
+    if wrong is not None:
+        raise ExportError(
+            f"checkpoint {partial} is not complete ({wrong}), so it keeps that name and the one before it stays; see whether all hosts "
+            "write into one folder."
+        )
+    replace_folder(partial, target)
 
 
 _saving_process: int | None = None

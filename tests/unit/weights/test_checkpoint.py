@@ -18,10 +18,11 @@ import torch
 
 pytest.importorskip("megatron.core")
 
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_r1z import ranks
-from megatron_r1z.errors import DataError, TrainingError
+from megatron_r1z.errors import DataError, ExportError, TrainingError
 from megatron_r1z.host import supervisor
 from megatron_r1z.policy.cpu import prepare_process
 from megatron_r1z.weights.checkpoint import Checkpoints
@@ -88,6 +89,22 @@ def test_weights_that_are_not_finite_are_not_saved(checkpoints: Checkpoints, val
     assert contents(checkpoints.folder) == before
 
 
+def test_a_checkpoint_without_the_files_of_another_host_is_not_named_complete(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(checkpoints, 1, 1.0)
+    write = dist_checkpointing.save
+
+    def write_elsewhere(sharded: dict[str, Any], folder: str) -> None:
+        write(sharded, folder)
+        next(Path(folder).glob("*.distcp")).unlink()
+
+    monkeypatch.setattr(dist_checkpointing, "save", write_elsewhere)
+    with pytest.raises(ExportError, match=r"step_000002\.partial is not complete \(__0_\d\.distcp is missing\), so it keeps that name"):
+        save(checkpoints, 2, 2.0)
+    assert (list(steps_of(checkpoints.folder)), (checkpoints.folder / "latest").read_text()) == ([1], "step_000001")
+
+
 def test_what_is_said_beside_the_weights_can_be_replaced(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1, 1.0)
     before = contents(checkpoints.folder)
@@ -131,6 +148,7 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_r1z.weights.checkpoint import _save
 from megatron_r1z.policy.cpu import prepare_process
