@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -105,6 +106,11 @@ def rehearse(module: str, task: Task, timeout_s: float = 1200.0) -> Found:
         ) from error
     lines = child.stdout.splitlines()
     found = next((line.removeprefix(MARK) for line in reversed(lines) if line.startswith(MARK)), None)
+    if found is None and child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
+        raise R1ZError(
+            f"the rehearsal of rank {task.rank} was ended by {name} from outside, as where memory runs out: it needs about 1.5 GB."
+        )
     if found is None:
         raise R1ZError(f"the rehearsal of rank {task.rank} ended with status {child.returncode}: {child.stderr.strip()[-2000:]}")
     tree = json.loads(found)

@@ -55,6 +55,11 @@ def test_a_process_is_told_and_tells(capsys: pytest.CaptureFixture[str]) -> None
             R1ZError,
             "nothing was refused so far, but a rehearsal of rank 3 cannot go on: no shape.",
         ),
+        (
+            "os.kill(os.getpid(), 9)",
+            R1ZError,
+            "the rehearsal of rank 3 was ended by SIGKILL from outside, as where memory runs out: it needs about 1.5 GB.",
+        ),
         ("sys.exit('it broke')", R1ZError, "the rehearsal of rank 3 ended with status 1: it broke"),
     ],
 )
@@ -62,7 +67,7 @@ def test_what_a_process_says_becomes_a_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, kind: type[R1ZError], words: str
 ) -> None:
     interpreter = tmp_path / "python"
-    interpreter.write_text(f"#!{sys.executable}\nimport json, sys\nMARK = {MARK!r}\n{program}\n")
+    interpreter.write_text(f"#!{sys.executable}\nimport json, os, sys\nMARK = {MARK!r}\n{program}\n")
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
     with pytest.raises(kind) as caught:
