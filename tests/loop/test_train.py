@@ -120,9 +120,10 @@ def test_every_iteration_has_a_row_of_finite_figures(unbroken: tuple[Path, Any])
     rows = iterations_of(unbroken[0])
     assert [row["iteration"] for row in rows] == list(range(1, ITERATIONS + 1))
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    assert all(0 < row["rollout/reward_mean"] < 1 for row in rows)  # the comparisons below are about something
-    assert all(row["update/grad_norm"] > 0 for row in rows)
-    assert all(row["update/mismatch_max_nats"] < 1e-4 for row in rows)  # after every refit, not only the first
+    trained = [row for row in rows if row["update/trained_tokens"]]  # what is sampled, and so what is right, is the processor's rounding
+    assert len(trained) >= ITERATIONS / 2, "the comparisons below are about something"
+    assert all(0 < row["rollout/reward_mean"] < 1 and row["update/grad_norm"] > 0 for row in trained)
+    assert all(row["update/mismatch_max_nats"] < 1e-4 for row in trained)  # after every refit, not only the first
 
 
 def test_weights_are_handed_over_whole_after_every_iteration(unbroken: tuple[Path, Any]) -> None:
@@ -284,7 +285,10 @@ def test_iteration_takes_several_optimizer_steps(two_steps: dict[str, tuple[Path
     for row, first, second in zip(iterations_of(folder), steps[::2], steps[1::2], strict=True):
         tokens = [step["update/trained_tokens"] for step in (first, second)]
         clipped = sum(step.get("update/clip_fraction", 0.0) * count for step, count in zip((first, second), tokens, strict=True))
-        assert row["update/clip_fraction"] == pytest.approx(clipped / sum(tokens))
+        if sum(tokens):
+            assert row["update/clip_fraction"] == pytest.approx(clipped / sum(tokens))
+        else:  # every group alike
+            assert "update/clip_fraction" not in row
         assert {sample["step"] for sample in rollouts_of(folder, int(row["iteration"]) - 1)} == {0, 1}
 
 
