@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
+from megatron_r1z.config import RolloutConfig
 from megatron_r1z.errors import Interrupted
 from megatron_r1z.host.rank import StopFlag
 from megatron_r1z.rollout.vllm_engine import STEPS_BETWEEN_LOOKS, EngineSettings, VllmEngine
+from megatron_r1z.speed import Machine, engine_speed
 
 
 @dataclass
@@ -47,7 +49,9 @@ class Steps:
 def engine_on(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("megatron_r1z.rollout.vllm_engine._start", lambda _settings: type("LLM", (), {"llm_engine": steps}))
     monkeypatch.setattr("megatron_r1z.rollout.vllm_engine.record_segments", lambda: None)
-    return VllmEngine(EngineSettings("", "fp32", 0, 1, 1, 8, 8, 1, 0), steps.flag)
+    return VllmEngine(
+        EngineSettings("", "fp32", 0, 1, 1, 8, 8, 1, 0, speed=engine_speed(RolloutConfig(), 8, Machine(False, False))), steps.flag
+    )
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), stop_at=st.none() | st.integers(0, 60))
