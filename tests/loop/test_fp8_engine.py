@@ -73,7 +73,8 @@ import os
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
 from vllm import LLM, SamplingParams
 folder, output, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-engine = LLM(folder, max_model_len=80, kv_cache_memory_bytes=64 << 20, disable_log_stats=True, **prepare_engine(80))
+head = {"hf_overrides": {"head_dtype": "float32"}}  # as ours; in bf16 two logits are often equal, and the first is taken
+engine = LLM(folder, max_model_len=80, kv_cache_memory_bytes=64 << 20, disable_log_stats=True, **head, **prepare_engine(80))
 outputs = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)
 with open(output, "w") as file:
     json.dump([item.outputs[0].text for item in outputs], file)
