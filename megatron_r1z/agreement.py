@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron_r1z.config import ModelConfig, leaves
 from megatron_r1z.data.fingerprint import new_digest, settings_parts, weights_parts
 from megatron_r1z.errors import ConfigError, DataError
-from megatron_r1z.ranks import any_rank, broadcast, gather
-from megatron_r1z.record.versions import library_versions
+from megatron_r1z.ranks import any_rank, broadcast, decide, gather
+from megatron_r1z.record.versions import LIBRARIES, library_versions
 
 if TYPE_CHECKING:
     from megatron_r1z.policy.trained import Settings
@@ -44,13 +44,17 @@ def check_start(config: Settings, folder: Path) -> None:
         ConfigError: on every rank, with hosts and values, where versions, configuration or model differ or each has its own `folder`.
         DataError: on every rank, when rank 0 cannot write into `folder`.
     """
-    versions = {name: text for name, text in library_versions().items() if name != "device"}
-    check_alike(versions | {name: str(value) for name, value in leaves(config).items()})
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of a host have the same files
-        check_alike({f"the model folder {config.model.path}": _mark_model(config.model)})
-    else:
-        check_alike({})
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    check_alike(_files_of_host(config) if is_first else {})  # the others of a host have the same
+    check_alike({name: str(value) for name, value in leaves(config).items()})
     check_shared(folder)
+
+
+def _files_of_host(config: Settings) -> dict[str, str]:
+    """Versions, those of libraries that are not there too, and the model folder."""
+    versions = dict.fromkeys(LIBRARIES, "") | library_versions()
+    del versions["device"]
+    return versions | {f"the model folder {config.model.path}": _mark_model(config.model)}
 
 
 def check_alike(values: Mapping[str, str]) -> None:
@@ -60,9 +64,9 @@ def check_alike(values: Mapping[str, str]) -> None:
         ConfigError: on every rank, about the first value that is not the same on all of them.
     """
     (of_rank_0,) = broadcast([values])
-    if any_rank(any(of_rank_0.get(name) != value for name, value in values.items())):
-        statements = gather([Statement(dist.get_rank(), socket.gethostname(), values)])
-        raise ConfigError(find_difference(statements) or "")
+    if any_rank(any(of_rank_0.get(name, value) != value for name, value in values.items())):
+        difference = find_difference(gather([Statement(dist.get_rank(), socket.gethostname(), values)]))
+        raise ConfigError(difference or "")
 
 
 def find_difference(statements: Sequence[Statement]) -> str | None:
@@ -91,17 +95,12 @@ def check_shared(folder: Path, patience_s: float = SEEN_S) -> None:
         ConfigError: on every rank, with the hosts that have another one.
         DataError: on every rank, when rank 0 cannot write there.
     """
-    (name,) = broadcast([f".shared-{uuid.uuid4().hex}"])
-    problem = _write_sign(folder / name) if dist.get_rank() == 0 else None
-    (problem,) = broadcast([problem])
-    if problem is not None:
-        raise DataError(f"{folder} cannot be written ({problem}); give the run another logging.folder.")
-    seen = _wait_for(lambda: _is_listed(folder, name), patience_s)
-    rank, host = dist.get_rank(), socket.gethostname()
-    blind = gather([] if seen else [Statement(rank, host, {})])
-    (host_of_0,) = broadcast([host])
+    sign, host_of_0 = decide(lambda: (_write_sign(folder), socket.gethostname()))
+    seen = _wait_for(lambda: _is_listed(folder, sign), patience_s)
+    rank = dist.get_rank()
+    blind = gather([] if seen else [Statement(rank, socket.gethostname(), {})])
     if rank == 0:
-        (folder / name).unlink(missing_ok=True)
+        (folder / sign).unlink(missing_ok=True)
     if blind:
         raise ConfigError(
             f"the folder {folder} of {host_of_0} (rank 0) is not that of {_where(blind)}: a checkpoint needs the files of all hosts in "
@@ -109,14 +108,15 @@ def check_shared(folder: Path, patience_s: float = SEEN_S) -> None:
         )
 
 
-def _write_sign(path: Path) -> str | None:
-    """What went wrong, if anything."""
+def _write_sign(folder: Path) -> str:
+    """The name of an empty file that nobody else makes."""
+    name = f".shared-{uuid.uuid4().hex}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
     except OSError as error:
-        return error.strerror or str(error)
-    return None
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}); give the run another logging.folder.") from error
+    return name
 
 
 def _is_listed(folder: Path, name: str) -> bool:

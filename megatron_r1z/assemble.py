@@ -42,7 +42,7 @@ from megatron_r1z.layout.topology import Topology
 from megatron_r1z.loop import Run, RunState
 from megatron_r1z.objective import make_loss
 from megatron_r1z.policy.attention import Attention, check_attention, chosen_attention
-from megatron_r1z.policy.critic import MegatronCritic
+from megatron_r1z.policy.critic import make_critic
 from megatron_r1z.policy.model import DTYPES, has_transformer_engine, this_machine
 from megatron_r1z.policy.parallel import start_megatron, start_process_group
 from megatron_r1z.policy.policy import MegatronPolicy
@@ -72,6 +72,11 @@ class Weights:
     shape: ModelShape
     topology: Topology
     layout: Layout
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding over all tensor-parallel ranks."""
+        return padded_vocab_size(self.shape.vocab_size, POLICY_VOCAB_MULTIPLE[layer_spec()] * self.topology.tp)
 
 
 def plan_weights(config: Settings) -> Weights:
@@ -114,10 +119,8 @@ def check_world_size(num_ranks: int) -> None:
 
 def make_policy(config: Settings, weights: Weights) -> MegatronPolicy:
     """The policy with the weights that the configuration names, not yet ready to train."""
-    multiple = POLICY_VOCAB_MULTIPLE[layer_spec()] * weights.topology.tp
     start_megatron(weights.topology, config.model.seed)
-    padded = padded_vocab_size(weights.shape.vocab_size, multiple)
-    policy = MegatronPolicy(config, weights.shape, weights.topology, padded_vocab_size=padded)
+    policy = MegatronPolicy(config, weights.shape, weights.topology, padded_vocab_size=weights.padded_vocab_size)
     if config.model.random_init:
         random_weights(weights.shape, weights.layout, dist.get_rank(), policy.parameters(), config.model.seed)
     elif config.model.checkpoint is not None:
@@ -133,15 +136,6 @@ def _attention(config: TrainConfig | PretrainConfig) -> Attention:
     found = chosen_attention(load_shape(config.model.path), config.parallel, longest)
     check_attention(found, config.parallel, longest)
     return found
-
-
-def make_critic(config: TrainConfig, weights: Weights, policy: MegatronPolicy) -> MegatronCritic:
-    """The critic, which starts from the weights that `policy` has, ready to train."""
-    padded = padded_vocab_size(weights.shape.vocab_size, POLICY_VOCAB_MULTIPLE[layer_spec()] * weights.topology.tp)
-    critic = MegatronCritic(config, weights.shape, weights.topology, padded_vocab_size=padded)
-    critic.start_as(policy.parameters())
-    critic.start_training(config.algorithm.value_clip, config.optimizer.of_critic)
-    return critic
 
 
 def make_log(folder: Path, finished: Mapping[str, int]) -> RunLog:
@@ -188,7 +182,7 @@ def made_run(config: TrainConfig, weights: Weights) -> Iterator[Run]:
     policy = make_policy(config, weights)
     if config.algorithm.kl_coef:
         policy.keep_reference()
-    critic = make_critic(config, weights, policy) if config.algorithm.has_critic else None
+    critic = make_critic(config, policy, padded_vocab_size=weights.padded_vocab_size) if config.algorithm.has_critic else None
     policy.start_training(make_loss(config.algorithm), config.optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     digests = [item.digest for item in train_sets]
@@ -274,8 +268,10 @@ def _make_engine(
 def _cache_bytes(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> int:
     """Of the key-value cache of this rank: the smallest of those that ranks have room for, as an engine's must be alike."""
     asked = config.rollout.kv_cache_bytes
-    if asked != "auto" or not torch.cuda.is_available():
-        return CPU_CACHE_BYTES if asked == "auto" else asked
+    if asked != "auto":
+        return asked
+    if not torch.cuda.is_available():
+        return CPU_CACHE_BYTES
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     left = cache_beside(config, shape, total, total - free - torch.cuda.memory_reserved())

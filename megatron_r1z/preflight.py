@@ -149,9 +149,8 @@ def _check_model(config: TrainConfig | PretrainConfig) -> ModelShape:
             "set optimizer.offload_to_host=false."
         )
     _check_offload(config.parallel, shape)
-    machine = Machine(_has_cuda(), _has_cuda() and read_facts().transformer_engine is not None)
-    model_speed(config.parallel, machine)
-    gradient_speed(config.parallel, config.optimizer, machine)
+    model_speed(config.parallel, _machine())
+    gradient_speed(config.parallel, config.optimizer, _machine())
     if config.optimizer.distributed and not _has_cuda():
         raise ConfigError(
             "optimizer.distributed keeps state that megatron-core cannot restore from a checkpoint without Transformer Engine or apex; "
@@ -215,7 +214,7 @@ def _check_sampling(config: TrainConfig | EvaluateConfig, shape: ModelShape) -> 
     _check_fp8_engine(config, shape)
     _check_head_size(shape)
     check_lengths(config, shape, None if _has_cuda() else CPU_CACHE_BYTES)
-    engine_speed(config.rollout, config.max_model_tokens, Machine(_has_cuda(), _has_cuda()))
+    engine_speed(config.rollout, config.max_model_tokens, _machine())
     tokenizer = load_tokenizer(config.model.path)
     check_tokens(config.model.path, shape, tokenizer)
     template = make_template(config.data, tokenizer)
@@ -276,6 +275,11 @@ def _check_records(config: EvaluateConfig, paths: Sequence[Path]) -> None:
         sets = load_prompts(config.data, config.evaluation.sets, load_tokenizer(config.model.path))
         for path, item in zip(paths, sets, strict=True):
             check_records(path, item.prompts)
+
+
+def _machine() -> Machine:
+    """What decides about settings for speed here."""
+    return Machine(_has_cuda(), _has_cuda() and read_facts().transformer_engine is not None)
 
 
 def _has_cuda() -> bool:

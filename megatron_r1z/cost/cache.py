@@ -25,8 +25,7 @@ def cache_beside(config: TrainConfig | EvaluateConfig, shape: ModelShape, device
         outside_bytes: of them, what no tensor of this process takes.
     """
     if isinstance(config, TrainConfig):
-        lengths = Lengths(config.data.max_prompt_tokens, config.rollout.max_response_tokens, config.rollout.max_response_tokens)
-        return RunCost(config, shape, lengths).cache_beside(device_bytes, outside_bytes)
+        return RunCost(config, shape, Lengths.at_most(config)).cache_beside(device_bytes, outside_bytes)
     rollout = config.rollout
     form = engine_format(config.precision)
     engine = EngineMemory(shape, rollout, form, config.max_model_tokens, 0, batched_tokens(rollout, device_bytes / GIB))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_r1z.config import TrainConfig
 from megatron_r1z.errors import ConfigError
 
 ALL_CUT = 0.999
@@ -31,6 +32,12 @@ class Lengths:
     """Mean."""
     budget: int
     """`rollout.max_response_tokens`."""
+
+    @classmethod
+    def at_most(cls, config: TrainConfig) -> Lengths:
+        """Of the longest samples that a configuration allows."""
+        budget = config.rollout.max_response_tokens
+        return cls(config.data.max_prompt_tokens, budget, budget)
 
     def __post_init__(self) -> None:
         if not (self.prompt >= 1 and 1 <= self.response <= self.budget):

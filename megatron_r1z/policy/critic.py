@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
 
-from megatron_r1z.config import OptimizerConfig
+from megatron_r1z.config import OptimizerConfig, TrainConfig
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.topology import Topology
 from megatron_r1z.objective import clipped_value_losses
@@ -125,6 +125,14 @@ def _micro_batch_loss(batch: MicroBatch, value_clip: float, values_R: Tensor) ->
     sums = torch.stack([by_name[field.name].double().sum() for field in fields(ValueSums)])
     denominator = torch.full((), batch.denominator, dtype=torch.int, device=values.device)  # a copy from the host would wait
     return losses_R.sum(), denominator, _Tallies(batch, sums, losses_R.detach())
+
+
+def make_critic(config: TrainConfig, policy: TrainedModel, *, padded_vocab_size: int) -> MegatronCritic:
+    """The critic beside a policy, which starts from the weights that `policy` has, ready to train."""
+    critic = MegatronCritic(config, policy.shape, policy.topology, padded_vocab_size=padded_vocab_size)
+    critic.start_as(policy.parameters())
+    critic.start_training(config.algorithm.value_clip, config.optimizer.of_critic)
+    return critic
 
 
 def _stats(sums: ValueSums, denominator: int, taken: Taken, non_finite: tuple[str, ...]) -> ValueStats:

@@ -70,8 +70,7 @@ def _check_room(config: TrainConfig, cluster: Cluster) -> None:
     """
     shape = find_shape(config.model.path).shape
     check_shape(config, shape, cluster)
-    budget = config.rollout.max_response_tokens
-    shortfall = RunCost(config, shape, Lengths(config.data.max_prompt_tokens, budget, budget), cluster, plans_refit=False).shortfall()
+    shortfall = RunCost(config, shape, Lengths.at_most(config), cluster, plans_refit=False).shortfall()
     if shortfall is not None:
         raise ConfigError(f"{shortfall}; `megatron-r1z plan` with the same file and cluster says what would fit.")
 

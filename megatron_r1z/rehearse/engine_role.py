@@ -18,9 +18,9 @@ from typing import Any
 
 from megatron_r1z.config import TrainConfig, load_config
 from megatron_r1z.cost.cache import cache_beside
-from megatron_r1z.cost.engine_memory import EngineMemory
-from megatron_r1z.cost.formats import engine_format, fp8_share
+from megatron_r1z.cost.lengths import Lengths
 from megatron_r1z.cost.memory import REFIT_WORK_BYTES
+from megatron_r1z.cost.run_cost import RunCost
 from megatron_r1z.layout.blocks import engine_layout, megatron_layout
 from megatron_r1z.layout.families import ModelShape
 from megatron_r1z.layout.fp8 import by_format, fp8_matrices, modules_to_not_convert
@@ -122,11 +122,7 @@ def _play(task: Task, config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 def _planned(config: TrainConfig, shape: ModelShape) -> int:
     """What `plan` says of a refit: weights, a second copy where kernels have a layout of their own, and the piece that is written."""
-    share = 0.0
-    if config.precision.engine == "fp8":
-        degrees = config.parallel.tensor_parallel_size, config.rollout.tensor_parallel_size
-        share = fp8_share(shape, *degrees, config.precision.bf16_layers(shape.num_layers))
-    engine = EngineMemory(shape, config.rollout, engine_format(config.precision, share), config.max_model_tokens, 0)
+    engine = RunCost(config, shape, Lengths.at_most(config)).engine
     return engine.weights + engine.staging + REFIT_WORK_BYTES
 
 

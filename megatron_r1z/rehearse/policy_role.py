@@ -61,6 +61,7 @@ def _play(task: Task, said: list[str]) -> Found:
     from megatron_r1z.objective import make_loss
     from megatron_r1z.policy import trained
     from megatron_r1z.policy.attention import check_attention, chosen_attention
+    from megatron_r1z.policy.critic import make_critic
     from megatron_r1z.policy.parallel import start_megatron
     from megatron_r1z.policy.policy import MegatronPolicy
     from megatron_r1z.rehearse import kernels
@@ -75,15 +76,15 @@ def _play(task: Task, said: list[str]) -> Found:
     live = LiveBytes()
     phases = _Phases(live)
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        multiple = POLICY_VOCAB_MULTIPLE["te"] * topology.tp
-        policy = MegatronPolicy(config, shape, topology, padded_vocab_size=padded_vocab_size(shape.vocab_size, multiple))
+        padded = padded_vocab_size(shape.vocab_size, POLICY_VOCAB_MULTIPLE["te"] * topology.tp)
+        policy = MegatronPolicy(config, shape, topology, padded_vocab_size=padded)
         differences, count = _compare_layout(config, shape, task.rank, policy.parameters())
         phases.end("weights")
         if config.precision.policy != "fp32":
             check_attention(chosen_attention(shape, config.parallel, config.max_model_tokens), config.parallel, config.max_model_tokens)
         policy.start_training(make_loss(config.algorithm), config.optimizer)
         phases.end("gradients and master weights")
-        critic = _critic(config, policy) if config.algorithm.has_critic else None
+        critic = make_critic(config, policy, padded_vocab_size=padded) if config.algorithm.has_critic else None
         if critic is not None:
             count += len(critic.parameters())
             phases.end("critic")
@@ -170,17 +171,6 @@ def _compare_layout(config: TrainConfig, shape: ModelShape, rank: int, live: Any
     found = {name: tuple(tensor.shape) for name, tensor in live.items()}
     names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     return tuple(f"{name}: layout {wanted.get(name)}, model {found.get(name)}" for name in names), len(found)
-
-
-def _critic(config: TrainConfig, policy: Any) -> Any:
-    """Beside the policy, ready to train, as `assemble.make_critic` makes it."""
-    from megatron_r1z.policy.critic import MegatronCritic
-
-    multiple = POLICY_VOCAB_MULTIPLE["te"] * policy.topology.tp
-    critic = MegatronCritic(config, policy.shape, policy.topology, padded_vocab_size=padded_vocab_size(policy.shape.vocab_size, multiple))
-    critic.start_as(policy.parameters())
-    critic.start_training(config.algorithm.value_clip, config.optimizer.of_critic)
-    return critic
 
 
 def _has_histories(config: TrainConfig) -> bool:

@@ -16,6 +16,9 @@ dist.init_process_group(
 )
 
 check_alike({"torch": "2.9", f"only {rank}": "said by one"} if rank == 0 else {"torch": "2.9"})
+check_alike({f"only {rank}": "said by one"} if rank else {})
+with pytest.raises(ConfigError, match=r"vllm is not the same on all ranks: none on \S+ \(ranks 0-1\), 0\.32\.0 on \S+ \(rank 2\);"):
+    check_alike({"vllm": "0.32.0" if rank == 2 else ""})
 with pytest.raises(ConfigError, match=r"torch is not the same on all ranks: 2\.9 on \S+ \(rank 0\), 2\.8 on \S+ \(ranks 1-2\);"):
     check_alike({"torch": "2.8" if rank else "2.9"})
 
